@@ -38,6 +38,10 @@ pub enum Kind {
     Signal = 12,
     /// Output was dropped before the next frame: bytes lost (u64).
     Lost = 13,
+    /// From a placer to a host, before the call: the tenant in whose name it is made (UTF-8, at most
+    /// [`crate::limits::NAME_BYTES_MAX`]; empty for an operator). A host answers `sandbox-not-found` for
+    /// another tenant's sandbox (PROTOCOL 7.3).
+    OnBehalf = 14,
 }
 
 impl Kind {
@@ -56,6 +60,7 @@ impl Kind {
             11 => Self::Resize,
             12 => Self::Signal,
             13 => Self::Lost,
+            14 => Self::OnBehalf,
             _ => return None,
         })
     }
