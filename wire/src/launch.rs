@@ -90,6 +90,22 @@ pub enum LaunchReply {
     Failed(Fault),
 }
 
+impl LaunchReply {
+    /// The reply's bytes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        codec::write(self)
+    }
+
+    /// Checks and copies out a reply.
+    ///
+    /// # Errors
+    /// [`Malformed`] if it is none.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Malformed> {
+        codec::read(bytes, CALL_BYTES_MAX)
+    }
+}
+
 /// The sandbox runs: its program was executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 #[rkyv(derive(Clone, Copy, Debug))]
