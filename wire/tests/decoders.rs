@@ -1,5 +1,7 @@
 //! Decoders against round trips, mutations, truncations and the fuzz corpus.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod bodies;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -72,14 +72,10 @@ pub(crate) fn map(bytes: &[u8]) {
 
 /// The first frame of a stream and what may be in it.
 pub(crate) fn stream(bytes: &[u8]) {
-    if let Some(head) = bytes.first_chunk() {
-        if let Ok(header) = frame::Header::parse(head) {
-            assert_eq!(
-                header.bytes(),
-                *head,
-                "a header that parses is the one that would be written"
-            );
-        }
+    if let Some(head) = bytes.first_chunk()
+        && let Ok(header) = frame::Header::parse(head)
+    {
+        assert_eq!(header.bytes(), *head, "a header that parses is the one that would be written");
     }
     if let Ok((_, request)) = LaunchHead::split(bytes) {
         let _ = LaunchRequest::access(request);
