@@ -42,6 +42,25 @@ pub enum Kind {
     /// [`crate::limits::NAME_BYTES_MAX`]; empty for an operator). A host answers `sandbox-not-found` for
     /// another tenant's sandbox (PROTOCOL 7.3).
     OnBehalf = 14,
+    /// Opens a lane: a long-lived stream of many launches, so that what is ready together travels in one
+    /// packet. Empty. What follows are [`Kind::LaneLaunch`] and [`Kind::LaneReply`] frames (PROTOCOL 7.7).
+    Lane = 15,
+    /// A launch on a lane: tag (u32), then the payload of a [`Kind::Launch`].
+    LaneLaunch = 16,
+    /// Its reply: tag (u32), then the payload of a [`Kind::LaunchReply`].
+    LaneReply = 17,
+}
+
+/// Bytes of the tag before a lane's launches and replies.
+pub const LANE_TAG_BYTES: usize = 4;
+
+/// Splits the tag off a lane frame's payload.
+///
+/// # Errors
+/// [`Malformed::Length`] if it is shorter than a tag.
+pub fn lane_tag(payload: &[u8]) -> Result<(u32, &[u8]), Malformed> {
+    let (tag, rest) = payload.split_first_chunk().ok_or(Malformed::Length)?;
+    Ok((u32::from_le_bytes(*tag), rest))
 }
 
 impl Kind {
@@ -61,6 +80,9 @@ impl Kind {
             12 => Self::Signal,
             13 => Self::Lost,
             14 => Self::OnBehalf,
+            15 => Self::Lane,
+            16 => Self::LaneLaunch,
+            17 => Self::LaneReply,
             _ => return None,
         })
     }

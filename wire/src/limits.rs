@@ -80,6 +80,9 @@ pub const STREAMS_MAX: u32 = 64;
 /// Streams that a host grants a placer, which is trusted and multiplexes everybody's launches.
 pub const PLACER_STREAMS_MAX: u32 = 4_096;
 
+/// Launches outstanding on one lane: bounds what a host buffers for one placer.
+pub const LANE_LAUNCHES_MAX: usize = 8_192;
+
 const _: () = assert!(CALL_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(BUCKET_BITS <= 16);
 const _: () = assert!(ATTEMPTS_MAX as usize >= 2 && CHOICES_MAX >= 2);
