@@ -38,9 +38,6 @@ pub enum Kind {
     Signal = 12,
     /// Output was dropped before the next frame: bytes lost (u64).
     Lost = 13,
-    /// Placer to host, before the call: on whose behalf it is (a tenant's name, UTF-8). The host answers for
-    /// sandboxes of that tenant only; others are not found. Never accepted from a client.
-    Tenant = 14,
     /// From a placer to a host, before the call: the tenant in whose name it is made (UTF-8, at most
     /// [`crate::limits::NAME_BYTES_MAX`]; empty for an operator). A host answers `sandbox-not-found` for
     /// another tenant's sandbox (PROTOCOL 7.3).
@@ -82,7 +79,6 @@ impl Kind {
             11 => Self::Resize,
             12 => Self::Signal,
             13 => Self::Lost,
-            14 => Self::Tenant,
             14 => Self::OnBehalf,
             15 => Self::Lane,
             16 => Self::LaneLaunch,
