@@ -253,9 +253,29 @@ pub struct Exit {
     pub why: ExitWhy,
 }
 
+impl Exit {
+    /// The payload of a [`crate::frame::Kind::Exit`] frame: code (i32, little-endian), why (u8).
+    #[must_use]
+    pub const fn frame_bytes(self) -> [u8; 5] {
+        let [c0, c1, c2, c3] = self.code.to_le_bytes();
+        [c0, c1, c2, c3, self.why as u8]
+    }
+
+    /// Checks the payload of an exit frame.
+    ///
+    /// # Errors
+    /// [`Malformed`]: another length, or a reason that is none.
+    pub fn from_frame_bytes(payload: &[u8]) -> Result<Self, Malformed> {
+        let [c0, c1, c2, c3, why] = *payload.as_array::<5>().ok_or(Malformed::Length)?;
+        let why = ExitWhy::of(why).ok_or(Malformed::Value)?;
+        Ok(Self { code: i32::from_le_bytes([c0, c1, c2, c3]), why })
+    }
+}
+
 /// Why a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 #[rkyv(derive(Clone, Copy, Debug))]
+#[repr(u8)]
 pub enum ExitWhy {
     /// It returned.
     Returned,
@@ -271,6 +291,22 @@ pub enum ExitWhy {
     Killed,
     /// The host lost it: a crash of the platform, or a drain's deadline.
     Lost,
+}
+
+impl ExitWhy {
+    const ALL: [Self; 7] = [
+        Self::Returned,
+        Self::Signalled,
+        Self::OutOfMemory,
+        Self::Deadline,
+        Self::Idle,
+        Self::Killed,
+        Self::Lost,
+    ];
+
+    fn of(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|why| *why as u8 == byte)
+    }
 }
 
 /// Where a sandbox stands. Nothing else exists (DESIGN 6).

@@ -50,6 +50,8 @@ impl Heartbeat {
     pub const STOPPING: u16 = 4;
     /// Runs no real sandboxes (`--boxes none`): figures must say so.
     pub const NO_BOXES: u16 = 8;
+    /// Wants a directive, even an empty one: how a host learns that its aggregator is there (PROTOCOL 3.5).
+    pub const ASK: u16 = 16;
 
     /// The word that a placer gets.
     #[must_use]

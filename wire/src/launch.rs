@@ -156,16 +156,27 @@ pub struct Refused {
     pub code: Code,
 }
 
-/// What travels before a request's bytes: the milliseconds that are left for it (u32, little-endian).
+/// What travels before a request's bytes: the milliseconds that are left for it in the low 31 bits (u32,
+/// little-endian), and whether the launch is [named](Self::named) in the highest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaunchHead {
     /// Milliseconds left, at most [`BUDGET_MS_MAX`].
     pub budget_ms: u32,
+    /// The id may reach other placers as well: it was given by a caller, or its outcome there is not known. Such a
+    /// launch goes to its home hosts in order instead of the best of two picks (PROTOCOL 6.11).
+    pub named: bool,
 }
 
 impl LaunchHead {
     /// Bytes of it.
     pub const BYTES: usize = 4;
+    const NAMED: u32 = 1 << 31;
+
+    /// The head of a launch whose id only its sender knows.
+    #[must_use]
+    pub const fn new(budget_ms: u32) -> Self {
+        Self { budget_ms, named: false }
+    }
 
     /// Splits a launch frame's payload into head and request bytes.
     ///
@@ -173,20 +184,21 @@ impl LaunchHead {
     /// [`Malformed::Length`] if it is short or long, [`Malformed::Value`] for a budget out of bounds.
     pub fn split(payload: &[u8]) -> Result<(Self, &[u8]), Malformed> {
         let (head, request) = payload.split_first_chunk().ok_or(Malformed::Length)?;
-        let budget_ms = u32::from_le_bytes(*head);
+        let head = u32::from_le_bytes(*head);
+        let budget_ms = head & !Self::NAMED;
         if request.len() > CALL_BYTES_MAX {
             return Err(Malformed::Length);
         }
         if budget_ms > BUDGET_MS_MAX {
             return Err(Malformed::Value);
         }
-        Ok((Self { budget_ms }, request))
+        Ok((Self { budget_ms, named: head & Self::NAMED != 0 }, request))
     }
 
     /// The head as it travels.
     #[must_use]
     pub const fn bytes(self) -> [u8; Self::BYTES] {
-        self.budget_ms.to_le_bytes()
+        (self.budget_ms | if self.named { Self::NAMED } else { 0 }).to_le_bytes()
     }
 }
 
