@@ -152,7 +152,7 @@ proptest! {
         id: [u8; 16], command in prop::collection::vec("[^\0]{0,20}", 0..5), tty: bool, hard_ms: u64,
     ) {
         let request = launch(id, command, tty, hard_ms);
-        let mut payload = LaunchHead { budget_ms: 5 }.bytes().to_vec();
+        let mut payload = LaunchHead::new(5).bytes().to_vec();
         payload.extend(request.to_bytes());
         let (head, bytes) = LaunchHead::split(&payload).unwrap();
         prop_assert_eq!(head.budget_ms, 5);
@@ -169,7 +169,7 @@ proptest! {
 
     #[test]
     fn no_mutation_of_a_launch_upsets_its_decoder(id: [u8; 16], at: prop::sample::Index, byte: u8) {
-        let mut bytes = LaunchHead { budget_ms: 5 }.bytes().to_vec();
+        let mut bytes = LaunchHead::new(5).bytes().to_vec();
         bytes.extend(launch(id, vec!["sh".into(), "-c".into()], true, 1).to_bytes());
         let at = at.index(bytes.len());
         bytes[at] = byte;
@@ -306,7 +306,7 @@ fn corpus_seeds_are_what_the_encoders_write() {
     let record = [&[0], &bytes[20..bytes.len() - 16]].concat();
     let addr = HostAddr { ip: IpAddr::V4(Ipv4Addr::LOCALHOST), port: 7_000 };
     let head = head(MapVersion { epoch: 1, version: 2 }, [3; 16], vec![100]).to_bytes();
-    let mut frame = LaunchHead { budget_ms: 5 }.bytes().to_vec();
+    let mut frame = LaunchHead::new(5).bytes().to_vec();
     frame.extend(launch([1; 16], vec!["sh".into()], true, 9).to_bytes());
     let seeds: [(&str, &str, Vec<u8>); 5] = [
         ("datagram", "forged-heartbeat", forged),
