@@ -266,7 +266,7 @@ impl Exit {
     /// # Errors
     /// [`Malformed`]: another length, or a reason that is none.
     pub fn from_frame_bytes(payload: &[u8]) -> Result<Self, Malformed> {
-        let [c0, c1, c2, c3, why] = *payload.as_array::<5>().ok_or(Malformed::Length)?;
+        let [c0, c1, c2, c3, why]: [u8; 5] = payload.try_into().map_err(|_| Malformed::Length)?;
         let why = ExitWhy::of(why).ok_or(Malformed::Value)?;
         Ok(Self { code: i32::from_le_bytes([c0, c1, c2, c3]), why })
     }
@@ -413,4 +413,19 @@ pub struct HostRecord {
     pub age_ms: u64,
     /// Why it drains.
     pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_frame_reads_back_and_others_are_refused() {
+        for why in ExitWhy::ALL {
+            let exit = Exit { code: -7, why };
+            assert_eq!(Exit::from_frame_bytes(&exit.frame_bytes()), Ok(exit));
+        }
+        assert_eq!(Exit::from_frame_bytes(&[0, 0, 0, 0, 7]), Err(Malformed::Value));
+        assert_eq!(Exit::from_frame_bytes(&[0; 4]), Err(Malformed::Length));
+    }
 }
