@@ -1,1 +1,31 @@
-//! Being built.
+//! Boxes: parked ahead of time, given a root and a program in about a millisecond, and held.
+//!
+//! A box is a process tree in namespaces of its own. The **spawner**, a separate small process, keeps
+//! boxes parked and outlives hostd; [`Spawner`] is hostd's handle on it. DESIGN.md beside this crate
+//! says who owns what and which attack each measure answers. Left out: images (hostd-image makes the
+//! layers that a root is composed of) and policy (hostd decides who gets a box).
+//!
+//! Any binary that starts a spawner calls [`main_if_asked`] first thing in `main`.
+
+mod cgroup;
+mod client;
+mod error;
+mod inside;
+mod msg;
+mod packet;
+mod spawner;
+mod spec;
+mod sweep;
+mod sys;
+mod syscalls;
+
+pub use client::{Events, Joined, Spawner};
+pub use error::{ClaimError, Fault, Refusal, StartError};
+pub use inside::ENTRIES_MAX;
+pub use spawner::main_if_asked;
+pub use spec::{
+    ClaimSpec, Config, EXITS_MAX, Event, Executed, ExitStatus, Exited, FileAnswer, FileKind,
+    FileOp, FileStat, LAYERS_MAX, Limits, Live, PoolState, Program, RootSpec, Running, SLOTS_MAX,
+    SandboxId, Shape, Stats, Stdio, Steps, TtySize, UIDS_A_BOX,
+};
+pub use sweep::{Swept, sweep};

@@ -1,0 +1,390 @@
+//! Control groups of boxes, on v2 and on hybrid layouts (v1 controllers on mounts of their own).
+//!
+//! One group a slot below `<our own group>/volley-<tag>` in every hierarchy that we use. On v1 groups
+//! are recycled, because making five of them costs more than everything else about a box; on v2 each
+//! box gets a fresh one. Left out: io and cpuset, devices (mounts in a box are `nodev` instead).
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use crate::spec::Stats;
+
+/// v1 controllers that a box needs; `freezer` for pause.
+const V1: [&str; 5] = ["cpu", "cpuacct", "memory", "pids", "freezer"];
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// Where our groups live: one parent directory a hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// One v2 hierarchy with its controllers.
+    V2(PathBuf),
+    /// Hierarchies of v1, by controller.
+    V1(Vec<(&'static str, PathBuf)>),
+}
+
+/// Limits as the groups take them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GroupLimits {
+    pub(crate) cpu_millis: u32,
+    pub(crate) memory_bytes: u64,
+    pub(crate) pids: u32,
+}
+
+fn put(path: &Path, text: &str) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut f| f.write_all(text.as_bytes()))
+        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+}
+
+fn get(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(64 * 1024).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn number(path: &Path) -> u64 {
+    get(path).ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0)
+}
+
+fn keyed(path: &Path, key: &str) -> u64 {
+    let Ok(text) = get(path) else { return 0 };
+    let value = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+}
+
+/// This process's group in a hierarchy: `controller` is empty for v2.
+fn own_group(cgroup_file: &str, controller: &str) -> Option<String> {
+    cgroup_file.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (_, names, path) = (parts.next()?, parts.next()?, parts.next()?);
+        let hit = if controller.is_empty() {
+            names.is_empty()
+        } else {
+            names.split(',').any(|n| n == controller)
+        };
+        hit.then(|| path.trim_start_matches('/').to_owned())
+    })
+}
+
+impl Layout {
+    /// Finds the layout below `root` for a process whose `/proc/self/cgroup` is given, and makes the
+    /// parent groups.
+    pub(crate) fn prepare(root: &Path, cgroup_file: &str, tag: &str) -> io::Result<Self> {
+        let layout = Self::find(root, cgroup_file, tag)?;
+        if let Self::V2(parent) = &layout {
+            let base = parent.parent().unwrap_or(root);
+            delegate(base, &base.join(format!("volley-host-{tag}")))?;
+        }
+        for parent in layout.parents() {
+            fs::create_dir_all(parent)?;
+        }
+        if let Self::V2(parent) = &layout {
+            put(&parent.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
+        }
+        Ok(layout)
+    }
+
+    /// Finds the layout and makes nothing.
+    pub(crate) fn find(root: &Path, cgroup_file: &str, tag: &str) -> io::Result<Self> {
+        let name = format!("volley-{tag}");
+        if let Ok(controllers) = get(&root.join("cgroup.controllers")) {
+            for needed in ["cpu", "memory", "pids"] {
+                if !controllers.split_whitespace().any(|c| c == needed) {
+                    let text = format!("cgroup v2 at {} lacks {needed}", root.display());
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+                }
+            }
+            let own = own_group(cgroup_file, "").unwrap_or_default();
+            return Ok(Self::V2(root.join(own).join(name)));
+        }
+        let mut found = Vec::new();
+        for controller in V1 {
+            let mount = root.join(controller);
+            let own = own_group(cgroup_file, controller).unwrap_or_default();
+            let base = [mount.join(own), mount].into_iter().find(|p| p.join("tasks").exists());
+            let Some(base) = base else {
+                let text = format!("no cgroup controller {controller} below {}", root.display());
+                return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+            };
+            found.push((controller, base.join(&name)));
+        }
+        Ok(Self::V1(found))
+    }
+
+    /// Parent directories, one a hierarchy.
+    pub(crate) fn parents(&self) -> Vec<&Path> {
+        match self {
+            Self::V2(p) => vec![p],
+            Self::V1(list) => {
+                // `cpu` and `cpuacct` are often one mount by two names.
+                let mut paths: Vec<&Path> = list.iter().map(|(_, p)| p.as_path()).collect();
+                paths.dedup_by_key(|p| fs::canonicalize(*p).unwrap_or_else(|_| p.to_path_buf()));
+                paths
+            }
+        }
+    }
+
+    /// Processes in any group of ours.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let parents = self.parents();
+        let mut pids = Vec::new();
+        for parent in parents {
+            let mut dirs = vec![parent.to_path_buf()];
+            while let Some(dir) = dirs.pop() {
+                if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
+                    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
+                }
+                dirs.extend(subgroups(&dir));
+            }
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Thaws every group, so that a kill reaches frozen processes.
+    pub(crate) fn thaw_all(&self) {
+        for parent in self.parents() {
+            for dir in subgroups(parent) {
+                let _ = put(&dir.join("freezer.state"), "THAWED");
+                let _ = put(&dir.join("cgroup.freeze"), "0");
+            }
+        }
+    }
+
+    /// Removes every empty group of ours. Returns how many are left.
+    pub(crate) fn remove_all(&self) -> usize {
+        let mut left = 0;
+        for parent in self.parents() {
+            for dir in subgroups(parent) {
+                for inner in subgroups(&dir) {
+                    let _ = fs::remove_dir(inner);
+                }
+                if fs::remove_dir(&dir).is_err() {
+                    left += 1;
+                }
+            }
+            if parent.exists() && fs::remove_dir(parent).is_err() {
+                left += 1;
+            }
+        }
+        left
+    }
+}
+
+fn subgroups(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries
+        .flatten()
+        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+        .map(|e| e.path())
+        .collect()
+}
+
+/// Turns controllers on below `base`. v2 forbids that while `base` has processes of its own (except at
+/// the root): they move into `leaf` first.
+fn delegate(base: &Path, leaf: &Path) -> io::Result<()> {
+    let control = base.join("cgroup.subtree_control");
+    if put(&control, "+cpu +memory +pids").is_ok() {
+        return Ok(());
+    }
+    fs::create_dir_all(leaf)?;
+    for pid in get(&base.join("cgroup.procs"))?.lines() {
+        // One that has just exited is no failure; one that cannot move shows in the next write.
+        let _ = put(&leaf.join("cgroup.procs"), pid);
+    }
+    put(&control, "+cpu +memory +pids")
+}
+
+/// The groups of one slot.
+#[derive(Debug)]
+pub(crate) struct Group {
+    dirs: Dirs,
+    oom_kills_before: u64,
+}
+
+#[derive(Debug)]
+enum Dirs {
+    V2(PathBuf),
+    V1 { cpu: PathBuf, cpuacct: PathBuf, memory: PathBuf, pids: PathBuf, freezer: PathBuf },
+}
+
+impl Group {
+    /// Makes or recycles the groups named `name`, and limits them.
+    pub(crate) fn make(layout: &Layout, name: &str, limits: &GroupLimits) -> io::Result<Self> {
+        let dirs = match layout {
+            Layout::V2(parent) => {
+                let dir = parent.join(name);
+                let _ = fs::remove_dir(&dir);
+                fs::create_dir(&dir)?;
+                Dirs::V2(dir)
+            }
+            Layout::V1(parents) => {
+                let of = |controller: &str| -> io::Result<PathBuf> {
+                    let parent = parents.iter().find(|(c, _)| *c == controller);
+                    let (_, parent) =
+                        parent.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+                    let dir = parent.join(name);
+                    match fs::create_dir(&dir) {
+                        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+                        _ => Ok(dir),
+                    }
+                };
+                Dirs::V1 {
+                    cpu: of("cpu")?,
+                    cpuacct: of("cpuacct")?,
+                    memory: of("memory")?,
+                    pids: of("pids")?,
+                    freezer: of("freezer")?,
+                }
+            }
+        };
+        let mut group = Self { dirs, oom_kills_before: 0 };
+        group.reset()?;
+        group.limit(limits)?;
+        Ok(group)
+    }
+
+    /// Forgets what the last box of this slot used.
+    pub(crate) fn reset(&mut self) -> io::Result<()> {
+        if let Dirs::V1 { cpuacct, memory, freezer, .. } = &self.dirs {
+            put(&cpuacct.join("cpuacct.usage"), "0")?;
+            put(&memory.join("memory.max_usage_in_bytes"), "0")?;
+            put(&freezer.join("freezer.state"), "THAWED")?;
+            self.oom_kills_before = keyed(&memory.join("memory.oom_control"), "oom_kill");
+        }
+        Ok(())
+    }
+
+    /// Sets limits.
+    pub(crate) fn limit(&self, limits: &GroupLimits) -> io::Result<()> {
+        let quota = (u64::from(limits.cpu_millis) * CPU_PERIOD_US / 1000).max(1000);
+        let pids = limits.pids.to_string();
+        let memory_max = limits.memory_bytes.to_string();
+        match &self.dirs {
+            Dirs::V2(dir) => {
+                put(&dir.join("cpu.max"), &format!("{quota} {CPU_PERIOD_US}"))?;
+                put(&dir.join("memory.max"), &memory_max)?;
+                let _ = put(&dir.join("memory.swap.max"), "0");
+                put(&dir.join("pids.max"), &pids)
+            }
+            Dirs::V1 { cpu, memory, pids: pids_dir, .. } => {
+                put(&cpu.join("cpu.cfs_period_us"), &CPU_PERIOD_US.to_string())?;
+                put(&cpu.join("cpu.cfs_quota_us"), &quota.to_string())?;
+                let shares = (u64::from(limits.cpu_millis) * 1024 / 1000).max(2);
+                put(&cpu.join("cpu.shares"), &shares.to_string())?;
+                put(&memory.join("memory.limit_in_bytes"), &memory_max)?;
+                put(&pids_dir.join("pids.max"), &pids)
+            }
+        }
+    }
+
+    /// For `CLONE_INTO_CGROUP`: the directory, on v2.
+    pub(crate) fn clone_target(&self) -> io::Result<Option<File>> {
+        match &self.dirs {
+            Dirs::V2(dir) => File::open(dir).map(Some),
+            Dirs::V1 { .. } => Ok(None),
+        }
+    }
+
+    /// Files into which a new process writes `0` to enter, on v1.
+    pub(crate) fn doors(&self) -> io::Result<Vec<File>> {
+        let Dirs::V1 { cpu, cpuacct, memory, pids, freezer } = &self.dirs else {
+            return Ok(Vec::new());
+        };
+        let mut doors = Vec::new();
+        for dir in [cpu, cpuacct, memory, pids, freezer] {
+            doors.push(OpenOptions::new().write(true).open(dir.join("cgroup.procs"))?);
+        }
+        Ok(doors)
+    }
+
+    /// Freezes or thaws. v1 answers before all are frozen; the state settles by itself.
+    pub(crate) fn freeze(&self, frozen: bool) -> io::Result<()> {
+        match &self.dirs {
+            Dirs::V2(dir) => put(&dir.join("cgroup.freeze"), if frozen { "1" } else { "0" }),
+            Dirs::V1 { freezer, .. } => {
+                put(&freezer.join("freezer.state"), if frozen { "FROZEN" } else { "THAWED" })
+            }
+        }
+    }
+
+    /// What the box has used.
+    pub(crate) fn stats(&self) -> Stats {
+        match &self.dirs {
+            Dirs::V2(dir) => Stats {
+                cpu_ns: keyed(&dir.join("cpu.stat"), "usage_usec") * 1000,
+                memory_bytes: number(&dir.join("memory.current")),
+                memory_peak_bytes: number(&dir.join("memory.peak")),
+                pids: number(&dir.join("pids.current")),
+                oom_kills: keyed(&dir.join("memory.events"), "oom_kill"),
+            },
+            Dirs::V1 { cpuacct, memory, pids, .. } => Stats {
+                cpu_ns: number(&cpuacct.join("cpuacct.usage")),
+                memory_bytes: number(&memory.join("memory.usage_in_bytes")),
+                memory_peak_bytes: number(&memory.join("memory.max_usage_in_bytes")),
+                pids: number(&pids.join("pids.current")),
+                oom_kills: keyed(&memory.join("memory.oom_control"), "oom_kill")
+                    .saturating_sub(self.oom_kills_before),
+            },
+        }
+    }
+
+    /// Removes the groups; they must be empty.
+    pub(crate) fn remove(&self) {
+        match &self.dirs {
+            Dirs::V2(dir) => drop(fs::remove_dir(dir)),
+            Dirs::V1 { cpu, cpuacct, memory, pids, freezer } => {
+                for dir in [cpu, cpuacct, memory, pids, freezer] {
+                    let _ = fs::remove_dir(dir);
+                }
+            }
+        }
+    }
+
+    /// Whether the groups must be made anew for the next box.
+    pub(crate) fn is_used_once(&self) -> bool {
+        matches!(self.dirs, Dirs::V2(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "4:memory:/process_api/x\n2:cpuacct:/\n1:cpu,other:/a b\n0::/\n";
+
+    #[test]
+    fn own_groups_are_found_by_controller() {
+        assert_eq!(own_group(HYBRID, "memory").unwrap(), "process_api/x");
+        assert_eq!(own_group(HYBRID, "cpu").unwrap(), "a b");
+        assert_eq!(own_group(HYBRID, "").unwrap(), "");
+        assert_eq!(own_group(HYBRID, "pids"), None);
+    }
+
+    #[test]
+    fn v2_is_chosen_where_it_has_the_controllers() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+        let layout = Layout::find(dir.path(), "0::/system.slice/hostd.service\n", "ab").unwrap();
+        let wanted = dir.path().join("system.slice/hostd.service/volley-ab");
+        assert_eq!(layout, Layout::V2(wanted));
+        fs::write(dir.path().join("cgroup.controllers"), "cpuset io\n").unwrap();
+        assert!(Layout::find(dir.path(), "0::/\n", "ab").is_err());
+    }
+
+    #[test]
+    fn v1_needs_every_controller() {
+        let dir = tempfile::tempdir().unwrap();
+        for controller in V1 {
+            assert!(Layout::find(dir.path(), HYBRID, "ab").is_err());
+            fs::create_dir(dir.path().join(controller)).unwrap();
+            fs::write(dir.path().join(controller).join("tasks"), "").unwrap();
+        }
+        let Layout::V1(list) = Layout::find(dir.path(), HYBRID, "ab").unwrap() else { panic!() };
+        assert_eq!(list.len(), V1.len());
+    }
+}

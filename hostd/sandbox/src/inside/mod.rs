@@ -1,0 +1,120 @@
+//! A box from within: process 1 of its namespaces, from the clone to the end.
+//!
+//! It parks (`park`), waits for one claim, swaps its root (`swap`), starts the program (`run`), and then
+//! stays: reaps orphans, starts further programs, does file operations, and tells the spawner how
+//! the main program ended. It has one thread and no memory of other boxes. It trusts the spawner
+//! and nothing in its own root.
+
+mod confine;
+mod files;
+mod park;
+mod run;
+mod serve;
+mod swap;
+mod users;
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use crate::error::Fault;
+use crate::msg::{FromBox, ToBox};
+use crate::packet;
+use crate::spec::Limits;
+use crate::sys;
+
+pub(crate) use confine::Filters;
+pub use files::ENTRIES_MAX;
+
+/// What the spawner hands to a box through the fork.
+pub(crate) struct Setup<'a> {
+    /// The box's end of its control socket.
+    pub(crate) control: OwnedFd,
+    /// A detached mount of the prepared `/dev`.
+    pub(crate) dev: OwnedFd,
+    /// cgroup files to enter through (v1).
+    pub(crate) doors: Vec<std::fs::File>,
+    /// Compiled seccomp filters.
+    pub(crate) filters: &'a Filters,
+}
+
+/// Runs a box to its end.
+pub(crate) fn run_box(setup: Setup<'_>) -> ! {
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| live(setup)));
+    sys::exit_now(outcome.unwrap_or(70))
+}
+
+fn live(setup: Setup<'_>) -> i32 {
+    let mut buffer = vec![0_u8; packet::PACKET_BYTES_MAX];
+    let filters = setup.filters;
+    let control = match park::park(setup, &mut buffer) {
+        Ok(control) => control,
+        Err((control, why)) => {
+            tell(&control, &FromBox::Unfit { why });
+            return 71;
+        }
+    };
+    tell(&control, &FromBox::Ready);
+    let Ok(packet) = packet::recv(control.as_fd(), &mut buffer, true) else { return 72 };
+    if packet.len == 0 {
+        return 0;
+    }
+    let woken = sys::now_ns();
+    let Some(ToBox::Claim { program, hostname, limits }) = ToBox::decode(&buffer[..packet.len])
+    else {
+        return 73;
+    };
+    let claim = Claimed { fds: packet.fds, program, hostname, limits, woken };
+    match start(&control, claim, filters) {
+        Ok(serving) => serve::serve(&control, serving, &mut buffer),
+        Err(why) => {
+            tell(&control, &FromBox::NotStarted { why });
+            74
+        }
+    }
+}
+
+struct Claimed {
+    fds: Vec<OwnedFd>,
+    program: crate::spec::Program,
+    hostname: String,
+    limits: Limits,
+    woken: u64,
+}
+
+fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::Serving, Fault> {
+    let mut steps = crate::spec::Steps { woken: claim.woken, ..crate::spec::Steps::default() };
+    let mut fds = claim.fds.into_iter();
+    let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
+    let children = sys::child_signal_fd().map_err(|e| Fault::os("signalfd", &e))?;
+    swap::swap(root, &claim.hostname, &mut steps)?;
+    confine::confine(filters)?;
+    steps.confined = sys::now_ns();
+    let stdio = fds.collect();
+    let started = run::start(&claim.program, stdio, &claim.limits)?;
+    steps.executed = sys::now_ns();
+    let master: Vec<_> = started.master.iter().map(AsFd::as_fd).collect();
+    tell_with(control, &FromBox::Started { steps }, &master);
+    drop(started.master);
+    // The launch is over: from here on this process is worth no more than the program.
+    let _ = sys::set_nice(0);
+    Ok(serve::Serving::new(started.pid, children, claim.limits))
+}
+
+/// Sends a message; one that cannot be sent means that the spawner is gone, which shows on receive.
+fn tell(control: &OwnedFd, message: &FromBox) {
+    tell_with(control, message, &[]);
+}
+
+fn tell_with(control: &OwnedFd, message: &FromBox, fds: &[std::os::fd::BorrowedFd<'_>]) {
+    let bytes = message.encode();
+    loop {
+        match packet::send(control.as_fd(), &bytes, fds) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                let mut poll = [rustix::event::PollFd::new(control, rustix::event::PollFlags::OUT)];
+                if rustix::event::poll(&mut poll, None).is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Starting one program: the main one, or one of an `exec`.
+//!
+//! The child says through a close-on-exec pipe why it could not become the program; silence and end
+//! of file mean that it did. The program gets descriptors 0-2 and no other.
+
+use std::ffi::CString;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::pipe::PipeFlags;
+
+use super::users::{self, User};
+use crate::error::Fault;
+use crate::spec::{Limits, Program, TtySize};
+use crate::sys;
+
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// `RLIMIT_CORE` of 1: the kernel's own mark for "start no core helper", which 0 is not.
+const NO_CORE: u64 = 1;
+
+/// A program that has been executed.
+pub(super) struct Started {
+    pub(super) pid: i32,
+    /// The terminal's master, where one was asked for.
+    pub(super) master: Option<OwnedFd>,
+}
+
+/// Where a child failed; a byte on the status pipe.
+#[derive(Clone, Copy)]
+enum Stage {
+    Stdio = 1,
+    Cwd = 2,
+    Ids = 3,
+    Exec = 4,
+}
+
+struct Launch<'a> {
+    program: &'a Program,
+    user: User,
+    argv: Vec<CString>,
+    env: Vec<CString>,
+    candidates: Vec<CString>,
+    open_files: u64,
+}
+
+/// Starts `program` with the given stdio descriptors (stdin where asked for, stdout, stderr).
+pub(super) fn start(
+    program: &Program,
+    stdio: Vec<OwnedFd>,
+    limits: &Limits,
+) -> Result<Started, Fault> {
+    let launch = prepare(program, limits)?;
+    let (stdio, master) = match program.tty {
+        Some(size) => {
+            let (master, slave) =
+                terminal(size, &launch.user).map_err(|e| Fault::os("terminal", &e))?;
+            let copy = || slave.try_clone().map_err(|e| Fault::os("terminal", &e));
+            (vec![copy()?, copy()?, slave], Some(master))
+        }
+        None => (pipes(program, stdio, &launch.user)?, None),
+    };
+    let (status_in, status_out) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|e| Fault::os("status pipe", &e.into()))?;
+    // SAFETY: a box's init has one thread.
+    let pid = match unsafe { sys::fork() }.map_err(|e| Fault::os("fork", &e))? {
+        None => become_program(&launch, &stdio, &status_out),
+        Some(pid) => pid,
+    };
+    drop(status_out);
+    drop(stdio);
+    let mut said = Vec::with_capacity(8);
+    let read = std::fs::File::from(status_in).take(8).read_to_end(&mut said);
+    if read.is_ok() && said.is_empty() {
+        return Ok(Started { pid, master });
+    }
+    // SAFETY: a null status pointer is allowed. The child has said its last word and is exiting.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+    Err(why(&said, program))
+}
+
+fn why(said: &[u8], program: &Program) -> Fault {
+    let [stage, a, b, c, d] = *said else {
+        return Fault::BoxDied { what: "starting the program".into() };
+    };
+    let errno = i32::from_ne_bytes([a, b, c, d]);
+    let name = program.argv.first().cloned().unwrap_or_default();
+    match (stage, errno) {
+        (4, libc::ENOENT | libc::ENOTDIR | libc::ELOOP) => Fault::NotFound { program: name },
+        (4, libc::EACCES | libc::EPERM | libc::EISDIR) => Fault::NotExecutable { program: name },
+        (4, libc::ENOEXEC | libc::ELIBBAD | libc::EINVAL) => Fault::BadFormat { program: name },
+        (4, _) => Fault::Os { what: format!("execute {name}"), errno },
+        (2, _) => Fault::Os { what: format!("working directory {}", program.cwd), errno },
+        (3, _) => Fault::Os { what: "user and group".into(), errno },
+        _ => Fault::Os { what: "stdio".into(), errno },
+    }
+}
+
+fn prepare<'a>(program: &'a Program, limits: &Limits) -> Result<Launch<'a>, Fault> {
+    let user = users::resolve(&program.user)?;
+    let c = |s: &str| sys::c_string(s).map_err(|e| Fault::os("a zero byte in an argument", &e));
+    let argv = program.argv.iter().map(|s| c(s)).collect::<Result<Vec<_>, _>>()?;
+    let Some(name) = program.argv.first().filter(|n| !n.is_empty()) else {
+        return Err(Fault::NotFound { program: String::new() });
+    };
+    let has = |name: &str| program.env.iter().any(|e| e.split('=').next() == Some(name));
+    let mut env = program.env.clone();
+    if !has("PATH") {
+        env.push(format!("PATH={DEFAULT_PATH}"));
+    }
+    if !has("HOME") {
+        env.push(format!("HOME={}", user.home));
+    }
+    if program.tty.is_some() && !has("TERM") {
+        env.push("TERM=xterm".into());
+    }
+    let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    let candidates = if name.contains('/') {
+        vec![c(name)?]
+    } else {
+        let in_dir = |d: &str| c(&format!("{}/{name}", if d.is_empty() { "." } else { d }));
+        path.split(':').map(in_dir).collect::<Result<Vec<_>, _>>()?
+    };
+    let env = env.iter().map(|s| c(s)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Launch { program, user, argv, env, candidates, open_files: limits.open_files })
+}
+
+/// Gives the pipes to the program's user, so that it may open `/dev/stdout`.
+fn pipes(program: &Program, stdio: Vec<OwnedFd>, user: &User) -> Result<Vec<OwnedFd>, Fault> {
+    let mut stdio = stdio;
+    if !program.stdin {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let null = rustix::fs::open("/dev/null", flags, Mode::empty());
+        stdio.insert(0, null.map_err(|e| Fault::os("/dev/null", &e.into()))?);
+    }
+    if stdio.len() != 3 {
+        return Err(Fault::BoxDied { what: "counting its stdio".into() });
+    }
+    if user.uid != 0 {
+        for fd in &stdio {
+            // `/dev/null` is not this box's to give; it needs no giving.
+            let _ = rustix::fs::fchown(
+                fd,
+                Some(Uid::from_raw(user.uid)),
+                Some(Gid::from_raw(user.gid)),
+            );
+        }
+    }
+    Ok(stdio)
+}
+
+fn terminal(size: TtySize, user: &User) -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())?;
+    rustix::pty::unlockpt(&master)?;
+    let slave = rustix::pty::ioctl_tiocgptpeer(
+        &master,
+        rustix::pty::OpenptFlags::RDWR
+            | rustix::pty::OpenptFlags::NOCTTY
+            | rustix::pty::OpenptFlags::CLOEXEC,
+    )?;
+    let size = rustix::termios::Winsize {
+        ws_row: size.rows,
+        ws_col: size.cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(&slave, size)?;
+    rustix::fs::fchown(&slave, Some(Uid::from_raw(user.uid)), None)?;
+    Ok((master, slave))
+}
+
+fn become_program(launch: &Launch<'_>, stdio: &[OwnedFd], status: &OwnedFd) -> ! {
+    // Descriptor 3 is the status pipe's place; the stdio ones lie above 2 and are copied first.
+    let (stage, error) = match arrange(launch, stdio, status.as_fd()) {
+        Err(failed) => failed,
+        Ok(()) => (Stage::Exec, execute(launch)),
+    };
+    let mut word = [stage as u8; 5];
+    word[1..].copy_from_slice(&error.raw_os_error().unwrap_or(libc::EIO).to_ne_bytes());
+    // SAFETY: `arrange` put the pipe at 3; before it did, the original is still open under its own
+    // number, so try that too. The value is never dropped: this process exits below.
+    let at_three = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(3) });
+    if rustix::io::write(&*at_three, &word).is_err() {
+        let _ = rustix::io::write(status, &word);
+    }
+    sys::exit_now(127)
+}
+
+fn arrange(
+    launch: &Launch<'_>,
+    stdio: &[OwnedFd],
+    status: BorrowedFd<'_>,
+) -> Result<(), (Stage, io::Error)> {
+    let at = |stage: Stage| move |error: io::Error| (stage, error);
+    let lift = |fd: BorrowedFd<'_>| sys::dup_above(fd, 64);
+    let status = lift(status).map_err(at(Stage::Stdio))?;
+    let mut lifted = Vec::new();
+    for fd in stdio {
+        lifted.push(lift(fd.as_fd()).map_err(at(Stage::Stdio))?);
+    }
+    rustix::process::setsid().map_err(|e| (Stage::Stdio, e.into()))?;
+    if launch.program.tty.is_some() {
+        let slave = lifted.first().ok_or((Stage::Stdio, io::ErrorKind::NotFound.into()))?;
+        sys::take_terminal(slave.as_fd()).map_err(at(Stage::Stdio))?;
+    }
+    for (number, fd) in (0..).zip(&lifted) {
+        sys::move_fd(fd.as_fd(), number, false).map_err(at(Stage::Stdio))?;
+    }
+    sys::move_fd(status.as_fd(), 3, true).map_err(at(Stage::Stdio))?;
+    // These go with `close_from` below, not by drop.
+    lifted.into_iter().chain([status]).for_each(|fd| {
+        debug_assert!(fd.as_raw_fd() >= 64);
+        std::mem::forget(fd);
+    });
+    sys::close_from(4).map_err(at(Stage::Stdio))?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    let _ = sys::set_nice(0);
+    let (_, hard) = sys::open_files_limit();
+    let hard = launch.open_files.min(hard);
+    sys::set_rlimit(libc::RLIMIT_NOFILE, hard.min(1024), hard).map_err(at(Stage::Stdio))?;
+    sys::set_rlimit(libc::RLIMIT_CORE, NO_CORE, NO_CORE).map_err(at(Stage::Stdio))?;
+    enter_directory(&launch.program.cwd).map_err(at(Stage::Cwd))?;
+    let user = &launch.user;
+    sys::set_ids(user.uid, user.gid, &user.groups).map_err(at(Stage::Ids))?;
+    sys::reset_signals();
+    Ok(())
+}
+
+/// Makes the working directory where absent and enters it. What is not beneath the root shows as
+/// "(unreachable)" and is refused.
+fn enter_directory(cwd: &str) -> io::Result<()> {
+    let cwd = if cwd.is_empty() { "/" } else { cwd };
+    if !cwd.starts_with('/') {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    if rustix::process::chdir(cwd).is_err() {
+        std::fs::create_dir_all(cwd)?;
+        rustix::process::chdir(cwd)?;
+    }
+    let there = rustix::process::getcwd(Vec::new())?;
+    if there.to_bytes().first() == Some(&b'/') {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::EXDEV))
+    }
+}
+
+fn execute(launch: &Launch<'_>) -> io::Error {
+    let mut denied = None;
+    let mut last = io::Error::from_raw_os_error(libc::ENOENT);
+    for path in &launch.candidates {
+        last = sys::execve(path, &launch.argv, &launch.env);
+        match last.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => {}
+            Some(libc::EACCES) => denied = Some(libc::EACCES),
+            _ => return last,
+        }
+    }
+    denied.map_or(last, io::Error::from_raw_os_error)
+}

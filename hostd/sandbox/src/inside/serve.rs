@@ -1,0 +1,187 @@
+//! A box's init once the program runs: reaps, and answers the spawner, until the main program ends.
+//!
+//! When that happens it says so and exits; with it the kernel ends every process of the box.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::{files, run, tell, tell_with};
+use crate::error::Fault;
+use crate::msg::{FromBox, ToBox};
+use crate::packet;
+use crate::spec::{ExitStatus, Limits};
+use crate::sys;
+
+/// Children that are not the main program, at once; beyond it `exec` and files are refused. The box's
+/// pids limit is usually lower.
+const CHILDREN_MAX: usize = 1024;
+
+enum Child {
+    Exec(u64),
+    /// Does one operation and answers by itself; if it dies first, init answers.
+    Operation(u64),
+}
+
+/// What init remembers while it serves.
+pub(super) struct Serving {
+    main: i32,
+    children_ready: OwnedFd,
+    children: HashMap<i32, Child>,
+    limits: Limits,
+}
+
+impl Serving {
+    pub(super) fn new(main: i32, children_ready: OwnedFd, limits: Limits) -> Self {
+        Self { main, children_ready, children: HashMap::new(), limits }
+    }
+}
+
+/// Serves to the end; returns the exit code of init.
+pub(super) fn serve(control: &OwnedFd, mut serving: Serving, buffer: &mut [u8]) -> i32 {
+    loop {
+        if let Some(status) = serving.reap(control) {
+            tell(control, &FromBox::MainExited { status });
+            return 0;
+        }
+        let mut ready = [
+            PollFd::new(control, PollFlags::IN),
+            PollFd::new(&serving.children_ready, PollFlags::IN),
+        ];
+        match poll(&mut ready, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return 75,
+            Ok(_) => {}
+        }
+        let (asked, child) = (!ready[0].revents().is_empty(), !ready[1].revents().is_empty());
+        if child {
+            let mut drained = [0_u8; 1024];
+            let _ = rustix::io::read(&serving.children_ready, &mut drained);
+        }
+        if asked {
+            match packet::recv(control.as_fd(), buffer, false) {
+                Ok(packet) if packet.len == 0 => return 0,
+                Ok(packet) => match ToBox::decode(&buffer[..packet.len]) {
+                    Some(message) => serving.handle(control, message, packet.fds),
+                    None => return 76,
+                },
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return 77,
+            }
+        }
+    }
+}
+
+impl Serving {
+    /// Collects the dead. Returns the main program's end.
+    fn reap(&mut self, control: &OwnedFd) -> Option<ExitStatus> {
+        loop {
+            let mut raw = 0;
+            // SAFETY: `raw` lives across the call.
+            let pid = unsafe { libc::waitpid(-1, &raw mut raw, libc::WNOHANG) };
+            if pid <= 0 {
+                return None;
+            }
+            let status = exit_status(raw);
+            if pid == self.main {
+                return Some(status);
+            }
+            match self.children.remove(&pid) {
+                Some(Child::Exec(number)) => tell(control, &FromBox::ExecExited { number, status }),
+                Some(Child::Operation(number)) if status.code != Some(0) => {
+                    let why = Fault::BoxDied { what: "a file or port operation".into() };
+                    tell(control, &FromBox::NotDone { number, why });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn handle(&mut self, control: &OwnedFd, message: ToBox, fds: Vec<OwnedFd>) {
+        match message {
+            ToBox::Exec { number, program } => {
+                let started = self.room().and_then(|()| run::start(&program, fds, &self.limits));
+                match started {
+                    Ok(started) => {
+                        self.children.insert(started.pid, Child::Exec(number));
+                        let master: Vec<_> = started.master.iter().map(AsFd::as_fd).collect();
+                        tell_with(control, &FromBox::Executed { number }, &master);
+                    }
+                    Err(why) => tell(control, &FromBox::NotDone { number, why }),
+                }
+            }
+            ToBox::Signal { number, exec, signal } => {
+                let answer = match self.signal(exec, signal) {
+                    Ok(()) => FromBox::Signalled { number },
+                    Err(why) => FromBox::NotDone { number, why },
+                };
+                tell(control, &answer);
+            }
+            ToBox::File { number, op } => self.operation(control, number, || {
+                files::operate(&op).map(|(result, fd)| (FromBox::File { number, result }, fd))
+            }),
+            ToBox::Connect { number, port } => self.operation(control, number, || {
+                files::connect(port).map(|fd| (FromBox::Connected { number }, Some(fd)))
+            }),
+            // Neither comes to a box that runs.
+            ToBox::Mapped | ToBox::Claim { .. } => {}
+        }
+    }
+
+    fn room(&self) -> Result<(), Fault> {
+        if self.children.len() < CHILDREN_MAX {
+            return Ok(());
+        }
+        Err(Fault::Os { what: "too many programs in the sandbox".into(), errno: libc::EAGAIN })
+    }
+
+    fn signal(&self, exec: u64, signal: i32) -> Result<(), Fault> {
+        let of = |(pid, child): (&i32, &Child)| match child {
+            Child::Exec(n) if *n == exec => Some(*pid),
+            _ => None,
+        };
+        let pid = match exec {
+            0 => self.main,
+            _ => self.children.iter().find_map(of).ok_or(Fault::NoExec)?,
+        };
+        // SAFETY: takes no pointer. `pid` is a child not yet waited for, so its number is its own.
+        if unsafe { libc::kill(pid, signal) } == 0 {
+            return Ok(());
+        }
+        Err(Fault::os("signal", &std::io::Error::last_os_error()))
+    }
+
+    fn operation(
+        &mut self,
+        control: &OwnedFd,
+        number: u64,
+        work: impl FnOnce() -> Result<(FromBox, Option<OwnedFd>), Fault>,
+    ) {
+        // SAFETY: a box's init has one thread.
+        let forked =
+            self.room().and_then(|()| unsafe { sys::fork() }.map_err(|e| Fault::os("fork", &e)));
+        match forked {
+            Ok(Some(pid)) => {
+                self.children.insert(pid, Child::Operation(number));
+            }
+            Ok(None) => {
+                let (answer, fd) = match work() {
+                    Ok(done) => done,
+                    Err(why) => (FromBox::NotDone { number, why }, None),
+                };
+                let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+                tell_with(control, &answer, &fds);
+                sys::exit_now(0)
+            }
+            Err(why) => tell(control, &FromBox::NotDone { number, why }),
+        }
+    }
+}
+
+fn exit_status(raw: i32) -> ExitStatus {
+    if libc::WIFSIGNALED(raw) {
+        return ExitStatus { code: None, signal: Some(libc::WTERMSIG(raw)), oom: false };
+    }
+    ExitStatus { code: Some(libc::WEXITSTATUS(raw)), signal: None, oom: false }
+}

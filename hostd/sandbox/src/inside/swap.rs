@@ -1,0 +1,71 @@
+//! The root swap: from the parking root to the sandbox's own.
+//!
+//! Every mount is made while no foreign program runs, on a root whose writable layer is this box's
+//! alone, so that nothing can be swapped underneath. What an image planted at `/proc`, `/dev` or
+//! `/sys` (a symlink, a file) is never followed: it is removed from the box's layer and replaced.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount};
+
+use crate::error::Fault;
+use crate::spec::Steps;
+use crate::sys;
+
+fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Fault> {
+    result.map_err(|e| Fault::os(what, &e.into()))
+}
+
+/// Puts the box into `root` and fills in its steps.
+pub(super) fn swap(root: OwnedFd, hostname: &str, steps: &mut Steps) -> Result<(), Fault> {
+    os("mount root", sys::attach(root.as_fd(), CWD, "/root"))?;
+    let root = os("open root", open_directory(CWD, "/root"))?;
+    for name in ["proc", "dev", "sys"] {
+        let point = os("mount point", mount_point(root.as_fd(), name))?;
+        let moved = move_mount(
+            CWD,
+            format!("/{name}"),
+            point.as_fd(),
+            "",
+            MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        );
+        os("move mount", moved)?;
+    }
+    steps.mounted = sys::now_ns();
+    os("enter root", rustix::process::fchdir(&root))?;
+    os("pivot_root", rustix::process::pivot_root(".", "."))?;
+    os("unmount parking root", rustix::mount::unmount(".", UnmountFlags::DETACH))?;
+    os("enter root", rustix::process::chdir("/"))?;
+    let hostname = if hostname.is_empty() { "sandbox" } else { hostname };
+    os("host name", rustix::system::sethostname(hostname.as_bytes()))?;
+    steps.pivoted = sys::now_ns();
+    Ok(())
+}
+
+fn open_directory(at: BorrowedFd<'_>, path: &str) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(at, path, flags, Mode::empty(), resolve)
+}
+
+/// A real directory of this name in the root, made where there is none.
+fn mount_point(root: BorrowedFd<'_>, name: &str) -> rustix::io::Result<OwnedFd> {
+    let mut last = Errno::LOOP;
+    for _ in 0..3 {
+        match open_directory(root, name) {
+            Err(Errno::NOENT) => {
+                rustix::fs::mkdirat(root, name, Mode::from_raw_mode(0o755))?;
+                last = Errno::NOENT;
+            }
+            Err(e @ (Errno::LOOP | Errno::NOTDIR)) => {
+                rustix::fs::unlinkat(root, name, AtFlags::empty())?;
+                last = e;
+            }
+            other => return other,
+        }
+    }
+    Err(last)
+}

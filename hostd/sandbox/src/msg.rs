@@ -1,0 +1,253 @@
+//! What is said between hostd and the spawner, and between the spawner and a box. rkyv, checked.
+//!
+//! A request has a number and gets one answer with that number; events have number 0. What a box
+//! says is untrusted: its init is ours, but it has been near a hostile program.
+
+use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::error::{Fault, Refusal};
+use crate::spec::{
+    Event, ExitStatus, Exited, FileOp, FileStat, Limits, Live, PoolState, Program, SandboxId,
+    Stats, Steps,
+};
+
+/// Version of everything in this file. A hostd joins only a spawner of its own version.
+pub(crate) const PROTOCOL: u32 = 1;
+
+/// hostd to spawner.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) struct Request {
+    pub(crate) number: u64,
+    pub(crate) ask: Ask,
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) enum Ask {
+    Hello,
+    /// Descriptors: `lowers` layers, then `data_lowers`.
+    Claim(Box<Claim>),
+    Exec {
+        id: SandboxId,
+        program: Program,
+    },
+    Signal {
+        id: SandboxId,
+        exec: u64,
+        signal: i32,
+    },
+    Kill {
+        id: SandboxId,
+    },
+    Freeze {
+        id: SandboxId,
+        frozen: bool,
+    },
+    CloseStdin {
+        id: SandboxId,
+    },
+    Stats {
+        id: SandboxId,
+    },
+    File {
+        id: SandboxId,
+        op: FileOp,
+    },
+    Connect {
+        id: SandboxId,
+        port: u16,
+    },
+    /// Answer carries the host ends of the main program's stdio.
+    Stdio {
+        id: SandboxId,
+    },
+    Forget {
+        id: SandboxId,
+    },
+    Pool,
+    Shutdown {
+        kill: bool,
+    },
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) struct Claim {
+    pub(crate) id: SandboxId,
+    pub(crate) shape: String,
+    pub(crate) lowers: u32,
+    pub(crate) data_lowers: u32,
+    pub(crate) program: Program,
+    pub(crate) hostname: String,
+    pub(crate) limits: Limits,
+    pub(crate) sent_ns: u64,
+}
+
+/// Spawner to hostd.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) struct Reply {
+    pub(crate) number: u64,
+    pub(crate) answer: Answer,
+}
+
+/// Which stdio descriptors a packet carries, in this order.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct StdioFds {
+    pub(crate) stdin: bool,
+    pub(crate) stdout: bool,
+    pub(crate) stderr: bool,
+    pub(crate) pty: bool,
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) enum Answer {
+    Welcome {
+        protocol: u32,
+        pid: u32,
+        live: Vec<Live>,
+        exited: Vec<Exited>,
+    },
+    Started {
+        pid: u32,
+        slot: u32,
+        steps: Steps,
+        stdio: StdioFds,
+    },
+    Executed {
+        exec: u64,
+        stdio: StdioFds,
+    },
+    Stdio(StdioFds),
+    Stats(Stats),
+    Pool(Vec<PoolState>),
+    File(FileResult),
+    /// One descriptor: a connected socket.
+    Connected,
+    Done,
+    Refused(Refusal),
+    Failed(Fault),
+    Event(Event),
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) enum FileResult {
+    /// One descriptor: the file.
+    Open,
+    Stat(FileStat),
+    /// One descriptor: a memory file that holds an archived `Vec<FileStat>`.
+    List,
+    Done,
+}
+
+/// Spawner to box.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) enum ToBox {
+    /// The uid map is written: go on parking.
+    Mapped,
+    /// Descriptors: the root mount, then stdin, stdout, stderr where there is no terminal.
+    Claim {
+        program: Program,
+        hostname: String,
+        limits: Limits,
+    },
+    /// Descriptors as above, without the root.
+    Exec {
+        number: u64,
+        program: Program,
+    },
+    Signal {
+        number: u64,
+        exec: u64,
+        signal: i32,
+    },
+    File {
+        number: u64,
+        op: FileOp,
+    },
+    Connect {
+        number: u64,
+        port: u16,
+    },
+}
+
+/// Box to spawner.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) enum FromBox {
+    /// Parked.
+    Ready,
+    /// Could not be parked.
+    Unfit {
+        why: Fault,
+    },
+    /// The main program runs. One descriptor with a terminal: its master.
+    Started {
+        steps: Steps,
+    },
+    /// It could not be started.
+    NotStarted {
+        why: Fault,
+    },
+    /// One descriptor with a terminal.
+    Executed {
+        number: u64,
+    },
+    NotDone {
+        number: u64,
+        why: Fault,
+    },
+    Signalled {
+        number: u64,
+    },
+    File {
+        number: u64,
+        result: FileResult,
+    },
+    Connected {
+        number: u64,
+    },
+    ExecExited {
+        number: u64,
+        status: ExitStatus,
+    },
+    /// The main program ended; the box follows.
+    MainExited {
+        status: ExitStatus,
+    },
+}
+
+macro_rules! coded {
+    ($($type:ty),*) => {$(
+        impl $type {
+            /// Bytes of this message.
+            pub(crate) fn encode(&self) -> Vec<u8> {
+                // Serializing to memory fails only where memory does.
+                rkyv::to_bytes::<rkyv::rancor::Error>(self)
+                    .map(|bytes| bytes.to_vec())
+                    .unwrap_or_default()
+            }
+
+            /// Checks bytes from outside into a message.
+            pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+                rkyv::from_bytes::<Self, rkyv::rancor::Error>(bytes).ok()
+            }
+        }
+    )*};
+}
+coded!(Request, Reply, ToBox, FromBox);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_and_junk_does_not() {
+        let ask = Ask::Exec { id: [3; 16], program: Program::new(["sh", "-c", "true"]) };
+        let bytes = Request { number: 9, ask }.encode();
+        let back = Request::decode(&bytes).unwrap();
+        assert_eq!(back.number, 9);
+        assert!(matches!(back.ask, Ask::Exec { id, .. } if id == [3; 16]));
+        for cut in 0..bytes.len() {
+            // No panic; a cut packet may only ever decode to something well-formed.
+            let _ = Request::decode(&bytes[..cut]);
+        }
+        assert!(FromBox::decode(&[]).is_none());
+    }
+}

@@ -1,0 +1,236 @@
+//! One box as the spawner knows it: its process, socket, groups, and what it is asked.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::cgroup::Group;
+use crate::error::Fault;
+use crate::inside::{self, Filters};
+use crate::msg::{StdioFds, ToBox};
+use crate::packet;
+use crate::spec::{ExitStatus, Program, SandboxId, Steps, UIDS_A_BOX};
+use crate::sys::{self, Cloned};
+
+/// Where a box is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Cloned, not yet ready.
+    Preparing,
+    /// Ready for a claim.
+    Parked,
+    /// Claimed; its program is not yet executed.
+    Starting,
+    /// Its program runs.
+    Running,
+    /// Told to die, or known to be dying.
+    Dying,
+}
+
+/// Host ends of a program's stdio, and which they are.
+#[derive(Debug, Default)]
+pub(super) struct HostEnds {
+    pub(super) stdin: Option<OwnedFd>,
+    pub(super) stdout: Option<OwnedFd>,
+    pub(super) stderr: Option<OwnedFd>,
+    pub(super) pty: Option<OwnedFd>,
+}
+
+impl HostEnds {
+    pub(super) fn which(&self) -> StdioFds {
+        StdioFds {
+            stdin: self.stdin.is_some(),
+            stdout: self.stdout.is_some(),
+            stderr: self.stderr.is_some(),
+            pty: self.pty.is_some(),
+        }
+    }
+
+    /// In the order of [`StdioFds`].
+    pub(super) fn borrow(&self) -> Vec<BorrowedFd<'_>> {
+        let all = [&self.stdin, &self.stdout, &self.stderr, &self.pty];
+        all.into_iter().flatten().map(AsFd::as_fd).collect()
+    }
+
+    /// Makes the pipes of a program: host ends, and the ends for the box (stdin where asked for,
+    /// stdout, stderr), which belong to the box's root.
+    pub(super) fn pipes(program: &Program, uid: u32) -> io::Result<(Self, Vec<OwnedFd>)> {
+        let mut host = Self::default();
+        let mut inner = Vec::new();
+        if program.tty.is_some() {
+            return Ok((host, inner));
+        }
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        if program.stdin {
+            let (read, write) = pipe()?;
+            host.stdin = Some(write);
+            inner.push(read);
+        }
+        for end in [&mut host.stdout, &mut host.stderr] {
+            let (read, write) = pipe()?;
+            *end = Some(read);
+            inner.push(write);
+        }
+        let (user, group) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(uid));
+        for fd in &inner {
+            rustix::fs::fchown(fd, Some(user), Some(group))?;
+        }
+        Ok((host, inner))
+    }
+}
+
+/// A question that a box has not answered.
+pub(super) struct Pending {
+    /// The asker's connection and its number for the question.
+    pub(super) from: (u64, u64),
+    /// Stdio of an `exec`.
+    pub(super) ends: HostEnds,
+}
+
+/// What a box was claimed for.
+pub(super) struct Claimed {
+    pub(super) id: SandboxId,
+    pub(super) from: (u64, u64),
+    pub(super) steps: Steps,
+    pub(super) ends: HostEnds,
+    pub(super) started_ns: u64,
+}
+
+/// A live box.
+pub(super) struct Boxed {
+    pub(super) slot: u32,
+    pub(super) shape: usize,
+    pub(super) pid: u32,
+    pub(super) pidfd: OwnedFd,
+    pub(super) control: OwnedFd,
+    pub(super) userns: OwnedFd,
+    pub(super) group: Group,
+    pub(super) state: State,
+    pub(super) was_ready: bool,
+    pub(super) paused: bool,
+    pub(super) claimed: Option<Claimed>,
+    pub(super) exit: Option<ExitStatus>,
+    pub(super) pending: HashMap<u64, Pending>,
+}
+
+/// What a new box is made from.
+pub(super) struct Mould<'a> {
+    pub(super) slot: u32,
+    pub(super) shape: usize,
+    pub(super) uid_base: u32,
+    pub(super) group: Group,
+    pub(super) dev: BorrowedFd<'a>,
+    pub(super) filters: &'a Filters,
+}
+
+impl Boxed {
+    /// Clones a box and lets it park. On failure gives the groups back.
+    pub(super) fn make(mould: Mould<'_>) -> Result<Self, Box<(Group, Fault)>> {
+        let Mould { slot, shape, uid_base, group, dev, filters } = mould;
+        let made = (|| -> io::Result<_> {
+            let dev = sys::clone_tree(dev, "", false)?;
+            let (ours, theirs) = packet::pair()?;
+            let into = group.clone_target()?;
+            let doors = group.doors()?;
+            let flags = u64::from((libc::CLONE_NEWUSER | libc::CLONE_NEWPID).unsigned_abs());
+            // SAFETY: the spawner has one thread, always.
+            let cloned = unsafe { sys::clone_process(flags, into.as_ref().map(AsFd::as_fd)) }?;
+            match cloned {
+                Cloned::Child => {
+                    let control = theirs;
+                    inside::run_box(inside::Setup { control, dev, doors, filters })
+                }
+                Cloned::Parent { pid, pidfd } => Ok((ours, pid, pidfd)),
+            }
+        })();
+        let (control, pid, pidfd) = match made {
+            Ok(parts) => parts,
+            Err(e) => return Err(Box::new((group, Fault::os("clone a box", &e)))),
+        };
+        match admit(pid, uid_base, &control) {
+            Ok(userns) => Ok(Self {
+                slot,
+                shape,
+                pid,
+                pidfd,
+                control,
+                userns,
+                group,
+                state: State::Preparing,
+                was_ready: false,
+                paused: false,
+                claimed: None,
+                exit: None,
+                pending: HashMap::new(),
+            }),
+            Err(e) => {
+                let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+                let _ = wait(&pidfd, true);
+                Err(Box::new((group, Fault::os("id map of a box", &e))))
+            }
+        }
+    }
+
+    /// Says something to the box.
+    pub(super) fn tell(&self, message: &ToBox, fds: &[OwnedFd]) -> io::Result<()> {
+        packet::send(self.control.as_fd(), &message.encode(), &packet::borrow(fds))
+    }
+
+    /// Kills everything in the box: its init, and with it the namespace.
+    pub(super) fn kill(&mut self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+        if self.paused {
+            // A process frozen by v1 sees the signal only once thawed.
+            let _ = self.group.freeze(false);
+            self.paused = false;
+        }
+        self.state = State::Dying;
+    }
+
+    /// Waits until the killed box is gone.
+    pub(super) fn wait_for_end(&self) {
+        wait(&self.pidfd, true);
+    }
+
+    /// Collects the box if it is dead.
+    pub(super) fn collect(&self) -> bool {
+        wait(&self.pidfd, false)
+    }
+}
+
+/// Writes the id maps, sets the score, and opens the user namespace of a new box.
+fn admit(pid: u32, uid_base: u32, control: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let proc = rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty())?;
+    let put = |name: &str, text: &str| -> io::Result<()> {
+        let file =
+            rustix::fs::openat(&proc, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::io::write(file, text.as_bytes())?;
+        Ok(())
+    };
+    let map = format!("0 {uid_base} {UIDS_A_BOX}");
+    put("uid_map", &map)?;
+    put("gid_map", &map)?;
+    // Before hostd, when the machine itself runs out.
+    put("oom_score_adj", "500")?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let userns = rustix::fs::openat(&proc, "ns/user", flags, Mode::empty())?;
+    packet::send(control.as_fd(), &ToBox::Mapped.encode(), &[])?;
+    Ok(userns)
+}
+
+fn wait(pidfd: &OwnedFd, block: bool) -> bool {
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+    let mut options = WaitIdOptions::EXITED;
+    if !block {
+        options |= WaitIdOptions::NOHANG;
+    }
+    match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
+        Ok(status) => status.is_some(),
+        // Nobody else waits for our children; if one is gone all the same, it is gone.
+        Err(rustix::io::Errno::CHILD) => true,
+        Err(_) => false,
+    }
+}

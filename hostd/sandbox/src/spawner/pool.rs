@@ -1,0 +1,198 @@
+//! Keeping boxes parked: made when nobody waits, up to each shape's number and the slots there are.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+
+use super::boxes::{Boxed, Mould, State};
+use super::{SLOTS, Spawning};
+use crate::cgroup::{Group, GroupLimits};
+use crate::error::Fault;
+use crate::spec::{Event, Exited, PoolState, Shape, UIDS_A_BOX};
+
+/// Boxes being made at once. Each does its own work on whatever core is free.
+const PREPARING_MAX: usize = 4;
+const BACK_OFF_FIRST: Duration = Duration::from_millis(10);
+const BACK_OFF_MAX: Duration = Duration::from_secs(5);
+
+/// When boxes may be made again after one could not be.
+pub(super) struct Refill {
+    not_before: Option<Instant>,
+    back_off: Duration,
+}
+
+impl Refill {
+    pub(super) fn new() -> Self {
+        Self { not_before: None, back_off: BACK_OFF_FIRST }
+    }
+
+    fn failed(&mut self) {
+        self.not_before = Some(Instant::now() + self.back_off);
+        self.back_off = (self.back_off * 2).min(BACK_OFF_MAX);
+    }
+
+    pub(super) fn succeeded(&mut self) {
+        self.not_before = None;
+        self.back_off = BACK_OFF_FIRST;
+    }
+}
+
+pub(super) fn limits_of(shape: &Shape) -> GroupLimits {
+    GroupLimits { cpu_millis: shape.cpu_millis, memory_bytes: shape.memory_bytes, pids: shape.pids }
+}
+
+impl Spawning {
+    fn count(&self, shape: usize, states: &[State]) -> usize {
+        self.boxes.values().filter(|b| b.shape == shape && states.contains(&b.state)).count()
+    }
+
+    /// The shape that lacks boxes most, if one may be made now.
+    fn shape_in_need(&self) -> Option<usize> {
+        if self.stopping.is_some() || self.free_slots.is_empty() {
+            return None;
+        }
+        let preparing = self.boxes.values().filter(|b| b.state == State::Preparing).count();
+        if preparing >= PREPARING_MAX {
+            return None;
+        }
+        let lack = |shape: usize| {
+            let waiting =
+                self.waiting.iter().filter(|w| w.claim.shape == self.config.shapes[shape].name);
+            let target = self.config.shapes[shape].parked as usize + waiting.count();
+            target.saturating_sub(self.count(shape, &[State::Preparing, State::Parked]))
+        };
+        (0..self.config.shapes.len()).filter(|s| lack(*s) > 0).max_by_key(|s| lack(*s))
+    }
+
+    pub(super) fn refill_due(&self, now: Instant) -> Option<Duration> {
+        self.shape_in_need()?;
+        Some(self.refill.not_before.map_or(Duration::ZERO, |t| t.saturating_duration_since(now)))
+    }
+
+    /// Makes at most one box.
+    pub(super) fn refill(&mut self) {
+        if self.refill.not_before.is_some_and(|t| t > Instant::now()) {
+            return;
+        }
+        let Some(shape) = self.shape_in_need() else { return };
+        if let Err(why) = self.make_box(shape) {
+            eprintln!("volley spawner: a box could not be made, trying again later: {why}");
+            self.refill.failed();
+        }
+    }
+
+    fn make_box(&mut self, shape: usize) -> Result<(), Fault> {
+        let Some(slot) = self.free_slots.pop() else { return Ok(()) };
+        let limits = limits_of(&self.config.shapes[shape]);
+        let group = match self.groups.remove(&slot) {
+            Some(mut group) => group.reset().and_then(|()| group.limit(&limits)).map(|()| group),
+            None => Group::make(&self.layout, &format!("slot-{slot}"), &limits),
+        };
+        let group = match group {
+            Ok(group) => group,
+            Err(e) => {
+                self.free_slots.push(slot);
+                return Err(Fault::os("cgroup", &e));
+            }
+        };
+        let made = Boxed::make(Mould {
+            slot,
+            shape,
+            uid_base: self.config.uid_base + slot * UIDS_A_BOX,
+            group,
+            dev: self.dev.as_fd(),
+            filters: &self.filters,
+        });
+        match made {
+            Ok(built) => {
+                let token = SLOTS + 2 * u64::from(slot);
+                let watched = self
+                    .watch(&built.control, token)
+                    .and_then(|()| self.watch(&built.pidfd, token + 1));
+                self.boxes.insert(slot, built);
+                if let Err(e) = watched {
+                    self.destroy(slot);
+                    return Err(Fault::os("watch a box", &e));
+                }
+                Ok(())
+            }
+            Err(failed) => {
+                let (group, why) = *failed;
+                self.keep(slot, group);
+                Err(why)
+            }
+        }
+    }
+
+    /// Takes a slot and its groups back.
+    fn keep(&mut self, slot: u32, group: Group) {
+        if group.is_used_once() {
+            group.remove();
+        } else {
+            self.groups.insert(slot, group);
+        }
+        self.free_slots.push(slot);
+    }
+
+    /// Kills a box that nobody watches and takes its slot back.
+    fn destroy(&mut self, slot: u32) {
+        if let Some(mut built) = self.boxes.remove(&slot) {
+            built.kill();
+            built.wait_for_end();
+            self.keep(slot, built.group);
+        }
+    }
+
+    /// A box's process has ended: hears its last words, tells hostd, takes the slot back.
+    pub(super) fn bury(&mut self, slot: u32) {
+        if !self.boxes.get(&slot).is_some_and(Boxed::collect) {
+            return;
+        }
+        self.listen_to(slot);
+        let Some(built) = self.boxes.remove(&slot) else { return };
+        let _ = epoll::delete(&self.epoll, &built.control);
+        let _ = epoll::delete(&self.epoll, &built.pidfd);
+        let stats = built.group.stats();
+        let shape = self.config.shapes[built.shape].name.clone();
+        if !built.was_ready && self.stopping.is_none() {
+            self.refill.failed();
+        }
+        for (_, pending) in built.pending {
+            let why = Fault::BoxDied { what: "a question to it".into() };
+            self.answer(pending.from, crate::msg::Answer::Failed(why), Vec::new());
+        }
+        if let Some(claimed) = built.claimed {
+            self.by_id.remove(&claimed.id);
+            if claimed.started_ns == 0 {
+                let why = Fault::BoxDied { what: "its start".into() };
+                self.answer(claimed.from, crate::msg::Answer::Failed(why), Vec::new());
+            } else {
+                // Killed without a word: by us, or by the kernel for want of memory.
+                let mut status = built.exit.unwrap_or(crate::spec::ExitStatus {
+                    code: None,
+                    signal: Some(libc::SIGKILL),
+                    oom: false,
+                });
+                status.oom = stats.oom_kills > 0;
+                let exited = Exited { id: claimed.id, shape, status, stats };
+                if self.exited.len() >= crate::EXITS_MAX {
+                    self.exited.pop_front();
+                }
+                self.exited.push_back(exited.clone());
+                self.emit(Event::Exited(exited));
+            }
+        }
+        self.keep(slot, built.group);
+    }
+
+    pub(super) fn pool_state(&self, shape: usize) -> PoolState {
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        PoolState {
+            shape: self.config.shapes[shape].name.clone(),
+            parked: number(self.count(shape, &[State::Parked])),
+            running: number(self.count(shape, &[State::Starting, State::Running])),
+            slots_left: number(self.free_slots.len()),
+        }
+    }
+}

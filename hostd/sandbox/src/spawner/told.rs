@@ -1,0 +1,158 @@
+//! What boxes tell the spawner. Untrusted: a message that does not fit the box's state kills it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::Spawning;
+use super::boxes::{Boxed, State};
+use crate::error::Fault;
+use crate::msg::{Answer, FileResult, FromBox};
+use crate::packet;
+use crate::spec::Event;
+
+impl Spawning {
+    /// Reads all that a box has said.
+    pub(super) fn listen_to(&mut self, slot: u32) {
+        loop {
+            let Some(built) = self.boxes.get_mut(&slot) else { return };
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let got = packet::recv(built.control.as_fd(), &mut buffer, false);
+            let heard = got.map(|p| (p.len, FromBox::decode(&buffer[..p.len]), p.fds));
+            self.buffer = buffer;
+            match heard {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Ok((len, Some(message), fds)) if len > 0 => {
+                    if self.told(slot, message, fds).is_none() {
+                        self.distrust(slot);
+                        return;
+                    }
+                }
+                // End of file: it is dying. Anything else: it is not as it should be.
+                _ => {
+                    let _ = rustix::event::epoll::delete(&self.epoll, &built.control);
+                    built.kill();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn distrust(&mut self, slot: u32) {
+        eprintln!("volley spawner: box {slot} said something out of turn and was killed");
+        if let Some(built) = self.boxes.get_mut(&slot) {
+            built.kill();
+        }
+    }
+
+    /// Handles one message. `None`: it does not fit.
+    fn told(&mut self, slot: u32, message: FromBox, fds: Vec<OwnedFd>) -> Option<()> {
+        if fds.len() > 1 {
+            return None;
+        }
+        match message {
+            FromBox::Ready => {
+                let built = self.in_state(slot, State::Preparing)?;
+                built.state = State::Parked;
+                built.was_ready = true;
+                self.refill.succeeded();
+                self.serve_waiting();
+            }
+            FromBox::Unfit { why } => {
+                eprintln!("volley spawner: box {slot} could not be parked: {why}");
+            }
+            FromBox::Started { steps } => self.started(slot, steps, fds)?,
+            FromBox::NotStarted { why } => {
+                let built = self.in_state(slot, State::Starting)?;
+                let claimed = built.claimed.take()?;
+                built.kill();
+                self.by_id.remove(&claimed.id);
+                self.answer(claimed.from, Answer::Failed(why), Vec::new());
+            }
+            FromBox::MainExited { status } => {
+                let built = self.in_state(slot, State::Running)?;
+                built.exit = Some(status);
+                built.state = State::Dying;
+            }
+            FromBox::ExecExited { number, status } => {
+                let id = self.boxes.get(&slot)?.claimed.as_ref()?.id;
+                self.emit(Event::ExecExited { id, exec: number, status });
+            }
+            other => self.answered(slot, other, fds)?,
+        }
+        Some(())
+    }
+
+    fn in_state(&mut self, slot: u32, state: State) -> Option<&mut Boxed> {
+        self.boxes.get_mut(&slot).filter(|b| b.state == state)
+    }
+
+    fn started(&mut self, slot: u32, inner: crate::spec::Steps, fds: Vec<OwnedFd>) -> Option<()> {
+        let built = self.in_state(slot, State::Starting)?;
+        let pid = built.pid;
+        let claimed = built.claimed.as_mut()?;
+        claimed.ends.pty = fds.into_iter().next();
+        let steps = &mut claimed.steps;
+        steps.woken = inner.woken;
+        steps.mounted = inner.mounted;
+        steps.pivoted = inner.pivoted;
+        steps.confined = inner.confined;
+        steps.executed = inner.executed;
+        claimed.started_ns = inner.executed;
+        let (from, steps, stdio) = (claimed.from, *steps, claimed.ends.which());
+        let copies = claimed.ends.borrow().into_iter().map(|fd| fd.try_clone_to_owned());
+        match copies.collect::<io::Result<Vec<_>>>() {
+            Ok(fds) => {
+                built.state = State::Running;
+                self.answer(from, Answer::Started { pid, slot, steps, stdio }, fds);
+            }
+            Err(e) => {
+                // No descriptors left: nobody could hear this sandbox, so it does not start.
+                built.kill();
+                let id = built.claimed.take()?.id;
+                self.by_id.remove(&id);
+                self.answer(from, Answer::Failed(Fault::os("copy stdio", &e)), Vec::new());
+            }
+        }
+        Some(())
+    }
+
+    /// An answer to a question that hostd asked.
+    fn answered(&mut self, slot: u32, message: FromBox, mut fds: Vec<OwnedFd>) -> Option<()> {
+        let number = match &message {
+            FromBox::Executed { number }
+            | FromBox::NotDone { number, .. }
+            | FromBox::Signalled { number }
+            | FromBox::File { number, .. }
+            | FromBox::Connected { number } => *number,
+            _ => return None,
+        };
+        let built = self.boxes.get_mut(&slot)?;
+        // A child of the box's init and init itself may both answer; the first counts.
+        let Some(mut pending) = built.pending.remove(&number) else { return Some(()) };
+        let answer = match message {
+            FromBox::Executed { .. } => {
+                pending.ends.pty = fds.pop();
+                let stdio = pending.ends.which();
+                let ends = pending.ends;
+                fds = [ends.stdin, ends.stdout, ends.stderr, ends.pty]
+                    .into_iter()
+                    .flatten()
+                    .collect();
+                Answer::Executed { exec: number, stdio }
+            }
+            FromBox::NotDone { why, .. } => Answer::Failed(why),
+            FromBox::Signalled { .. } => Answer::Done,
+            FromBox::Connected { .. } if fds.len() == 1 => Answer::Connected,
+            FromBox::File { result, .. } => {
+                let wants = matches!(result, FileResult::Open | FileResult::List);
+                if wants != (fds.len() == 1) {
+                    return None;
+                }
+                Answer::File(result)
+            }
+            _ => return None,
+        };
+        self.answer(pending.from, answer, fds);
+        Some(())
+    }
+}

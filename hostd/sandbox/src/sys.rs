@@ -1,0 +1,381 @@
+//! The system calls that rustix lacks, each behind one safe function.
+//!
+//! Left out: whatever rustix or std already gives. No policy here.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// `CLOCK_MONOTONIC`, nanoseconds.
+pub(crate) fn now_ns() -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` lives across the call, which fills it; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut t) };
+    u64::try_from(t.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(t.tv_nsec).unwrap_or(0)
+}
+
+fn check(rc: libc::c_long) -> io::Result<libc::c_long> {
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) }
+}
+
+/// A string for the kernel.
+pub(crate) fn c_string(text: &str) -> io::Result<CString> {
+    CString::new(text).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// The two sides of [`clone_process`].
+pub(crate) enum Cloned {
+    /// In the new process.
+    Child,
+    /// In the caller.
+    Parent {
+        /// The child, as the caller's namespace numbers it.
+        pid: u32,
+        /// Readable once it has exited.
+        pidfd: OwnedFd,
+    },
+}
+
+/// Forks with namespace flags, optionally into a v2 cgroup.
+///
+/// # Safety
+/// The calling process must have one thread: the child goes on with a copy of this one alone, and a
+/// lock that another thread held would stay locked in it for ever.
+pub(crate) unsafe fn clone_process(
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Cloned> {
+    const CLONE_PIDFD: u64 = 0x1000;
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let mut pidfd: libc::c_int = -1;
+    let mut args = CloneArgs {
+        flags: flags | CLONE_PIDFD,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        ..CloneArgs::default()
+    };
+    if let Some(fd) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(fd.as_raw_fd().unsigned_abs());
+    }
+    // SAFETY: `args` lives across the call and asks for no shared memory and no new stack, so that the
+    // child runs on its own copy of this stack; the caller vouches for the single thread.
+    let rc =
+        check(unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) })?;
+    if rc == 0 {
+        return Ok(Cloned::Child);
+    }
+    // SAFETY: the kernel stored a descriptor that belongs to this process alone.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Cloned::Parent { pid: u32::try_from(rc).unwrap_or(0), pidfd })
+}
+
+/// Plain fork.
+///
+/// # Safety
+/// As [`clone_process`]: one thread.
+pub(crate) unsafe fn fork() -> io::Result<Option<i32>> {
+    // SAFETY: the caller vouches that this process has one thread.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        0 => Ok(None),
+        n if n > 0 => Ok(Some(n)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `unshare`.
+pub(crate) fn unshare(flags: i32) -> io::Result<()> {
+    // SAFETY: takes no pointer; the callers here have one thread, so no other is surprised.
+    check(libc::c_long::from(unsafe { libc::unshare(flags) })).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+pub(crate) const ATTR_RDONLY: u64 = 0x1;
+pub(crate) const ATTR_NOSUID: u64 = 0x2;
+pub(crate) const ATTR_NODEV: u64 = 0x4;
+pub(crate) const ATTR_NOEXEC: u64 = 0x8;
+const ATTR_IDMAP: u64 = 0x0010_0000;
+
+fn mount_setattr(mount: BorrowedFd<'_>, attr: &MountAttr) -> io::Result<()> {
+    // SAFETY: the path is a constant C string and `attr` lives across the call with its true size.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            std::ptr::from_ref(attr),
+            size_of::<MountAttr>(),
+        )
+    })
+    .map(drop)
+}
+
+/// Sets attributes of a mount.
+pub(crate) fn mount_restrict(mount: BorrowedFd<'_>, attr_set: u64) -> io::Result<()> {
+    mount_setattr(mount, &MountAttr { attr_set, ..MountAttr::default() })
+}
+
+/// Shows a detached mount through a user namespace's id map.
+pub(crate) fn mount_idmap(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> {
+    let userns_fd = u64::from(userns.as_raw_fd().unsigned_abs());
+    mount_setattr(mount, &MountAttr { attr_set: ATTR_IDMAP, userns_fd, ..MountAttr::default() })
+}
+
+/// Clones the mount beneath a descriptor into a detached one.
+pub(crate) fn clone_tree(fd: BorrowedFd<'_>, path: &str, recursive: bool) -> io::Result<OwnedFd> {
+    use rustix::mount::{OpenTreeFlags as F, open_tree};
+    let mut flags = F::OPEN_TREE_CLONE | F::OPEN_TREE_CLOEXEC;
+    if path.is_empty() {
+        flags |= F::AT_EMPTY_PATH;
+    }
+    if recursive {
+        flags |= F::AT_RECURSIVE;
+    }
+    Ok(open_tree(fd, path, flags)?)
+}
+
+/// Attaches a detached mount (or moves an attached one) to a directory's descriptor.
+pub(crate) fn attach(mount: BorrowedFd<'_>, to: BorrowedFd<'_>, path: &str) -> io::Result<()> {
+    use rustix::mount::{MoveMountFlags as F, move_mount};
+    let mut flags = F::MOVE_MOUNT_F_EMPTY_PATH;
+    if path.is_empty() {
+        flags |= F::MOVE_MOUNT_T_EMPTY_PATH;
+    }
+    Ok(move_mount(mount, "", to, path, flags)?)
+}
+
+/// A new mount of a file system, detached, with string options. An empty value is a flag.
+pub(crate) fn new_mount(kind: &str, options: &[(&str, &str)], attr: u64) -> io::Result<OwnedFd> {
+    use rustix::mount as m;
+    let fs = m::fsopen(kind, m::FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        if value.is_empty() {
+            m::fsconfig_set_flag(fs.as_fd(), *key)?;
+        } else {
+            m::fsconfig_set_string(fs.as_fd(), *key, *value)?;
+        }
+    }
+    m::fsconfig_create(fs.as_fd())?;
+    let flags = m::MountAttrFlags::from_bits_retain(u32::try_from(attr).unwrap_or(0));
+    Ok(m::fsmount(fs.as_fd(), m::FsMountFlags::FSMOUNT_CLOEXEC, flags)?)
+}
+
+/// `prctl` with one argument.
+pub(crate) fn prctl(option: i32, argument: u64) -> io::Result<()> {
+    // SAFETY: used only with options whose argument is a number or, for PR_SET_NAME, a constant
+    // C string that lives for ever.
+    check(libc::c_long::from(unsafe { libc::prctl(option, argument, 0, 0, 0) })).map(drop)
+}
+
+/// Sets the process's short name.
+pub(crate) fn set_name(name: &'static CStr) -> io::Result<()> {
+    prctl(libc::PR_SET_NAME, name.as_ptr() as u64)
+}
+
+/// Closes every descriptor from `first` up.
+pub(crate) fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: takes no pointer. Callers own nothing above `first` that they use afterwards.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) }).map(drop)
+}
+
+/// Sets a pair of limits.
+pub(crate) fn set_rlimit(which: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: `limit` lives across the call.
+    check(libc::c_long::from(unsafe { libc::setrlimit(which, &raw const limit) })).map(drop)
+}
+
+/// The soft and hard limit on open files.
+pub(crate) fn open_files_limit() -> (u64, u64) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` lives across the call, which fills it.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    (limit.rlim_cur, limit.rlim_max)
+}
+
+/// Sets real, effective and saved ids of this (single-threaded) process.
+pub(crate) fn set_ids(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: `groups` lives across the call with its true length; the rest takes no pointer. Raw calls
+    // act on the calling thread, which is the only one.
+    unsafe {
+        check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
+        check(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
+        check(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+    }
+    Ok(())
+}
+
+/// Sets the nice value of this process.
+pub(crate) fn set_nice(nice: i32) -> io::Result<()> {
+    // SAFETY: takes no pointer.
+    check(unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, nice) }).map(drop)
+}
+
+/// Capability numbers that a program in a box may keep, as a bit mask: what a package manager and a
+/// small server need, all of it bounded by the box's own user namespace.
+pub(crate) const KEPT_CAPABILITIES: u64 = 1 << 0 // CHOWN
+    | 1 << 1 // DAC_OVERRIDE
+    | 1 << 3 // FOWNER
+    | 1 << 4 // FSETID
+    | 1 << 5 // KILL
+    | 1 << 6 // SETGID
+    | 1 << 7 // SETUID
+    | 1 << 10 // NET_BIND_SERVICE
+    | 1 << 18 // SYS_CHROOT
+    | 1 << 31; // SETFCAP
+
+/// Removes all but [`KEPT_CAPABILITIES`] from what any later `execve` may gain.
+pub(crate) fn drop_bounding_set() -> io::Result<()> {
+    for capability in 0..64_u64 {
+        if KEPT_CAPABILITIES & (1 << capability) != 0 {
+            continue;
+        }
+        match prctl(libc::PR_CAPBSET_DROP, capability) {
+            Ok(()) => {}
+            // Past the last that this kernel knows.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Reduces this process's own capabilities to [`KEPT_CAPABILITIES`], nothing inheritable.
+pub(crate) fn drop_capabilities() -> io::Result<()> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    let word = |n: u32| u32::try_from((KEPT_CAPABILITIES >> n) & 0xffff_ffff).unwrap_or(0);
+    let header = Header { version: 0x2008_0522, pid: 0 };
+    let sets = [0, 32].map(|n| Sets { effective: word(n), permitted: word(n), inheritable: 0 });
+    // SAFETY: version 3 of the call reads one header and two sets; both live across it.
+    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) }).map(drop)
+}
+
+/// Brings the loopback interface of this network namespace up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: `ifreq` is plain data for which zero bytes are valid; the name is shorter than its field
+    // and the request lives across the call.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[0] = libc::c_char::from_ne_bytes([b'l']);
+        request.ifr_name[1] = libc::c_char::from_ne_bytes([b'o']);
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap_or(1);
+        let rc = libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request);
+        check(libc::c_long::from(rc)).map(drop)
+    }
+}
+
+/// Leaves the caller's session keyring for an empty one.
+pub(crate) fn new_session_keyring() -> io::Result<()> {
+    // SAFETY: a null name asks for an anonymous keyring.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, 1, 0) }).map(drop)
+}
+
+/// Blocks SIGCHLD and returns a descriptor that is readable when one is pending.
+pub(crate) fn child_signal_fd() -> io::Result<OwnedFd> {
+    // SAFETY: the set is a local that sigemptyset initialises; the descriptor is new and ours alone.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        check(libc::c_long::from(fd))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Gives a child the signal state of a fresh login: all default, none blocked.
+pub(crate) fn reset_signals() {
+    // SAFETY: SIG_DFL is a valid disposition for each; the set is a local. Failures (KILL, STOP, numbers
+    // that do not exist) change nothing.
+    unsafe {
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+    }
+}
+
+/// Makes a terminal this session's own.
+pub(crate) fn take_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes a number, no pointer.
+    check(libc::c_long::from(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) }))
+        .map(drop)
+}
+
+/// `execve`; returns only the error.
+pub(crate) fn execve(path: &CStr, argv: &[CString], env: &[CString]) -> io::Error {
+    let list = |v: &[CString]| -> Vec<*const libc::c_char> {
+        v.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    let (argv, env) = (list(argv), list(env));
+    // SAFETY: both arrays end in a null pointer and point at C strings that live across the call.
+    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Ends this process at once, with no destructor or exit handler of the parent's run.
+pub(crate) fn exit_now(code: i32) -> ! {
+    // SAFETY: takes no pointer and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Puts `fd` at exactly `number`, close-on-exec or not.
+pub(crate) fn move_fd(fd: BorrowedFd<'_>, number: i32, cloexec: bool) -> io::Result<()> {
+    if fd.as_raw_fd() == number {
+        let flags = if cloexec { libc::FD_CLOEXEC } else { 0 };
+        // SAFETY: takes no pointer.
+        let rc = unsafe { libc::fcntl(number, libc::F_SETFD, flags) };
+        return check(libc::c_long::from(rc)).map(drop);
+    }
+    let flags = if cloexec { libc::O_CLOEXEC } else { 0 };
+    // SAFETY: takes no pointer. Callers hold no owner for the descriptor that `number` was.
+    let rc = unsafe { libc::dup3(fd.as_raw_fd(), number, flags) };
+    check(libc::c_long::from(rc)).map(drop)
+}
+
+/// Duplicates a descriptor to a number of at least `least`, close-on-exec.
+pub(crate) fn dup_above(fd: BorrowedFd<'_>, least: i32) -> io::Result<OwnedFd> {
+    Ok(rustix::io::fcntl_dupfd_cloexec(fd, least)?)
+}
