@@ -1,6 +1,6 @@
 //! Control groups of boxes, on v2 and on hybrid layouts (v1 controllers on mounts of their own).
 //!
-//! One group a slot below `<our own group>/volley-<tag>` in every hierarchy that we use. On v1 groups
+//! One group a slot below `<our own group>/volley-<hash>` in every hierarchy that we use. On v1 groups
 //! are recycled, because making five of them costs more than everything else about a box; on v2 each
 //! box gets a fresh one. Left out: io and cpuset, devices (mounts in a box are `nodev` instead).
 
@@ -72,11 +72,11 @@ fn own_group(cgroup_file: &str, controller: &str) -> Option<String> {
 impl Layout {
     /// Finds the layout below `root` for a process whose `/proc/self/cgroup` is given, and makes the
     /// parent groups.
-    pub(crate) fn prepare(root: &Path, cgroup_file: &str, tag: &str) -> io::Result<Self> {
-        let layout = Self::find(root, cgroup_file, tag)?;
+    pub(crate) fn prepare(root: &Path, cgroup_file: &str, name: &str) -> io::Result<Self> {
+        let layout = Self::find(root, cgroup_file, name)?;
         if let Self::V2(parent) = &layout {
             let base = parent.parent().unwrap_or(root);
-            delegate(base, &base.join(format!("volley-host-{tag}")))?;
+            delegate(base, &base.join(format!("{name}-host")))?;
         }
         for parent in layout.parents() {
             fs::create_dir_all(parent)?;
@@ -88,8 +88,7 @@ impl Layout {
     }
 
     /// Finds the layout and makes nothing.
-    pub(crate) fn find(root: &Path, cgroup_file: &str, tag: &str) -> io::Result<Self> {
-        let name = format!("volley-{tag}");
+    pub(crate) fn find(root: &Path, cgroup_file: &str, name: &str) -> io::Result<Self> {
         if let Ok(controllers) = get(&root.join("cgroup.controllers")) {
             for needed in ["cpu", "memory", "pids"] {
                 if !controllers.split_whitespace().any(|c| c == needed) {
@@ -109,7 +108,7 @@ impl Layout {
                 let text = format!("no cgroup controller {controller} below {}", root.display());
                 return Err(io::Error::new(io::ErrorKind::Unsupported, text));
             };
-            found.push((controller, base.join(&name)));
+            found.push((controller, base.join(name)));
         }
         Ok(Self::V1(found))
     }
@@ -370,7 +369,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
         let layout = Layout::find(dir.path(), "0::/system.slice/hostd.service\n", "ab").unwrap();
-        let wanted = dir.path().join("system.slice/hostd.service/volley-ab");
+        let wanted = dir.path().join("system.slice/hostd.service/ab");
         assert_eq!(layout, Layout::V2(wanted));
         fs::write(dir.path().join("cgroup.controllers"), "cpuset io\n").unwrap();
         assert!(Layout::find(dir.path(), "0::/\n", "ab").is_err());

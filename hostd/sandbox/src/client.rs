@@ -11,13 +11,14 @@ use std::path::Path;
 use std::process::{Command, Stdio as ChildStdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{ClaimError, Fault, Refusal, StartError};
 use crate::msg::{Answer, Ask, Claim, FileResult, PROTOCOL, Reply, Request, StdioFds};
 use crate::packet;
-use crate::spawner::{ARGUMENT, READY, check, socket_path};
+use crate::spawner::{ARGUMENT, LOCKED, READY, check, socket_path};
 use crate::spec::{
     ClaimSpec, Config, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live,
     PoolState, Program, Running, SandboxId, Stats, Stdio,
@@ -28,6 +29,8 @@ use crate::sys;
 /// fills, and at its end the connection is dropped; nothing is lost that `running` and `exited` do
 /// not tell again.
 const EVENTS_MAX: usize = 4096;
+/// Longest wait for a spawner that is ending.
+const START_MAX: Duration = Duration::from_secs(10);
 /// Longest listing that is read back.
 const LISTING_BYTES_MAX: u64 = 64 << 20;
 
@@ -80,14 +83,16 @@ impl Spawner {
         if !rustix::process::geteuid().is_root() {
             return Err(StartError::NeedsRoot);
         }
-        if let Some(socket) = connect(&config.state_dir)? {
-            return join(config, socket, false);
-        }
         make_state_dir(&config.state_dir)?;
-        start(config)?;
-        match connect(&config.state_dir)? {
-            Some(socket) => join(config, socket, true),
-            None => Err(StartError::Setup("it started and is not there".into())),
+        let deadline = Instant::now() + START_MAX;
+        loop {
+            // One that is just ending still holds its lock, or accepts and is gone: come again.
+            let met = meet(config);
+            let again = matches!(&met, Err(StartError::Ending));
+            if !again || Instant::now() > deadline {
+                return met;
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -393,6 +398,17 @@ fn io_error(what: &str) -> impl FnOnce(io::Error) -> StartError {
     move |error| StartError::Io { what, error }
 }
 
+fn meet(config: &Config) -> Result<Joined, StartError> {
+    if let Some(socket) = connect(&config.state_dir)? {
+        return join(config, socket, false);
+    }
+    start(config)?;
+    match connect(&config.state_dir)? {
+        Some(socket) => join(config, socket, true),
+        None => Err(StartError::Setup("it started and is not there".into())),
+    }
+}
+
 /// Connects, or `None` where nobody listens.
 fn connect(state_dir: &str) -> Result<Option<OwnedFd>, StartError> {
     use rustix::net as n;
@@ -460,6 +476,9 @@ fn start(config: &Config) -> Result<(), StartError> {
     if said == READY {
         return Ok(());
     }
+    if said == LOCKED.as_bytes() {
+        return Err(StartError::Ending);
+    }
     let why = String::from_utf8_lossy(&said).into_owned();
     Err(StartError::Setup(if why.is_empty() {
         "it ended at once; the binary must call hostd_sandbox::main_if_asked first thing".into()
@@ -481,8 +500,7 @@ fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, Start
         .spawn(move || read_answers(&reader, &sender))
         .map_err(io_error("start a thread"))?;
     let mut spawner = Spawner { shared, pid: 0 };
-    let gone = |why: String| StartError::Setup(format!("it does not answer: {why}"));
-    let hello = spawner.send(Ask::Hello, &[]).map_err(|e| gone(e.to_string()))?;
+    let hello = spawner.send(Ask::Hello, &[]).map_err(|_| StartError::Ending)?;
     match hello.blocking_recv() {
         Ok(Ok((Answer::Welcome { protocol, pid, live, exited }, _))) => {
             if protocol != PROTOCOL {
@@ -495,7 +513,7 @@ fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, Start
             spawner.pid = pid;
             Ok(Joined { spawner, events, live, exited, started })
         }
-        other => Err(gone(format!("{other:?}"))),
+        _ => Err(StartError::Ending),
     }
 }
 

@@ -134,6 +134,9 @@ pub enum StartError {
     /// Not root, or without the capabilities of root.
     #[error("sandboxes need root (CAP_SYS_ADMIN); nothing was started; run hostd as root")]
     NeedsRoot,
+    /// The one before is ending, for longer than we waited.
+    #[error("a spawner of this state directory is ending and does not end; look at its process")]
+    Ending,
     /// The kernel lacks something.
     #[error("the spawner could not start: {0}")]
     Setup(String),

@@ -435,4 +435,13 @@ impl Config {
             claim_wait_ms: 2000,
         }
     }
+
+    /// Name of the spawner's cgroup in every hierarchy: `volley-` and a hash of the state directory.
+    #[must_use]
+    pub fn group_name(&self) -> String {
+        let hash = self.state_dir.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("volley-{:08x}", (hash >> 32) ^ (hash & 0xffff_ffff))
+    }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::cgroup::Layout;
-use crate::spawner::{socket_path, tag_of};
+use crate::spawner::socket_path;
 use crate::spec::Config;
 
 /// Longest that a sweep waits for killed processes to go.
@@ -52,8 +52,8 @@ pub fn sweep(config: &Config) -> io::Result<Swept> {
 pub(crate) fn sweep_groups(config: &Config) -> Swept {
     let mut swept = Swept::default();
     let Ok(own) = std::fs::read_to_string("/proc/self/cgroup") else { return swept };
-    let tag = tag_of(&config.state_dir);
-    let Ok(layout) = Layout::find(Path::new(&config.cgroup_root), &own, &tag) else {
+    let name = config.group_name();
+    let Ok(layout) = Layout::find(Path::new(&config.cgroup_root), &own, &name) else {
         return swept;
     };
     let deadline = Instant::now() + WAIT_MAX;

@@ -28,7 +28,7 @@ use crate::packet;
 use crate::spec::{Config, Event, Exited, SandboxId};
 
 pub use setup::main_if_asked;
-pub(crate) use setup::{ARGUMENT, READY, check, socket_path, tag_of};
+pub(crate) use setup::{ARGUMENT, LOCKED, READY, check, socket_path};
 
 /// Answers and events that wait for a slow hostd; beyond it the connection is dropped, and hostd
 /// learns everything again when it comes back.

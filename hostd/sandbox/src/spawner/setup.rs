@@ -23,17 +23,12 @@ pub(crate) const ARGUMENT: &str = "__spawner";
 /// What the spawner writes on stdout once it listens; anything else is why it does not.
 pub(crate) const READY: &[u8] = b"ready";
 
+/// What it says where another holds the state directory.
+pub(crate) const LOCKED: &str = "another spawner holds the state directory";
+
 /// Socket of the spawner of a state directory.
 pub(crate) fn socket_path(state_dir: &str) -> PathBuf {
     Path::new(state_dir).join("spawner.sock")
-}
-
-/// Eight hex digits that name a state directory's groups: FNV-1a of its path.
-pub(crate) fn tag_of(state_dir: &str) -> String {
-    let hash = state_dir.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{:08x}", (hash >> 32) ^ (hash & 0xffff_ffff))
 }
 
 /// Becomes the spawner if this process was started as one, and then never returns.
@@ -71,16 +66,19 @@ fn prepare() -> Result<Spawning, String> {
         .map_err(|e| format!("configuration: {e}"))?;
     check(&config)?;
     harden().map_err(say("process setup"))?;
-    lock(&config.state_dir).map_err(say("lock of the state directory (is a spawner running?)"))?;
+    lock(&config.state_dir).map_err(|e| match e.kind() {
+        io::ErrorKind::WouldBlock => LOCKED.to_owned(),
+        _ => format!("lock of the state directory: {e}"),
+    })?;
     let stage = Path::new(&config.state_dir).join("stage");
     std::fs::create_dir_all(&stage).map_err(say("stage directory"))?;
     let stage = stage.to_string_lossy().into_owned();
     let dev = private_mounts(&stage).map_err(say("private mounts"))?;
     crate::sweep::sweep_groups(&config);
     let own = std::fs::read_to_string("/proc/self/cgroup").map_err(say("own cgroup"))?;
-    let tag = tag_of(&config.state_dir);
+    let name = config.group_name();
     let layout =
-        Layout::prepare(Path::new(&config.cgroup_root), &own, &tag).map_err(say("cgroups"))?;
+        Layout::prepare(Path::new(&config.cgroup_root), &own, &name).map_err(say("cgroups"))?;
     let listener = listen(&config.state_dir).map_err(say("socket"))?;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
     let slots = config.slots;
@@ -247,8 +245,9 @@ mod tests {
     }
 
     #[test]
-    fn tags_differ_by_directory() {
-        assert_ne!(tag_of("/run/a"), tag_of("/run/b"));
-        assert_eq!(tag_of("/run/a").len(), 8);
+    fn group_names_differ_by_directory() {
+        let name = |dir: &str| Config::new(dir, Vec::new()).group_name();
+        assert_ne!(name("/run/a"), name("/run/b"));
+        assert_eq!(name("/run/a").len(), "volley-".len() + 8);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Tests of this crate bring their own `main`, because a spawner is a re-exec of the running binary.
 
+#![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::BTreeSet;
@@ -95,6 +96,9 @@ pub(crate) fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
+/// Apart from any other spawner of the machine.
+pub(crate) const UID_BASE: u32 = 0x3000_0000;
+
 /// A shape for tests.
 pub(crate) fn shape(parked: u32) -> Shape {
     Shape { name: "small".into(), cpu_millis: 1000, memory_bytes: 96 << 20, pids: 48, parked }
@@ -118,6 +122,7 @@ pub(crate) fn place(parked: u32) -> Place {
     let config = Config {
         slots: 64,
         linger_s: 20,
+        uid_base: UID_BASE,
         ..Config::new(state.path().join("s"), vec![shape(parked)])
     };
     let Joined { spawner, events, started, .. } = Spawner::connect_or_start(&config).unwrap();

@@ -1,0 +1,294 @@
+//! Lives that end badly: hostd killed, the spawner killed, hundreds of boxes one after another. Nothing
+//! may be left, and nothing lost that still runs.
+
+#![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
+
+mod house;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use hostd_sandbox::{
+    ClaimError, ClaimSpec, Config, Event, Joined, Limits, Program, Refusal, RootSpec, Spawner,
+};
+
+use house::{place, read_all, run, wait};
+
+fn main() {
+    hostd_sandbox::main_if_asked();
+    let args: Vec<String> = std::env::args().collect();
+    if args.get(1).is_some_and(|a| a == "__hostd") {
+        return be_hostd(&args[2], &args[3]);
+    }
+    run(&[
+        ("hostd_killed_boxes_adopted", hostd_killed_boxes_adopted),
+        ("an_end_while_hostd_was_away", an_end_while_hostd_was_away),
+        ("spawner_killed_nothing_left", spawner_killed_nothing_left),
+        ("spawner_killed_frozen_box_swept", spawner_killed_frozen_box_swept),
+        ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
+        ("full_is_refused_and_freed", full_is_refused_and_freed),
+        ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
+    ]);
+}
+
+fn config(dir: &Path) -> Config {
+    Config {
+        slots: 16,
+        linger_s: 20,
+        uid_base: house::UID_BASE,
+        ..Config::new(dir.join("s"), vec![house::shape(2)])
+    }
+}
+
+fn spec(root: &Path, id: u8, line: &str) -> ClaimSpec {
+    ClaimSpec {
+        id: [id; 16],
+        shape: "small".into(),
+        root: RootSpec::directory(root).unwrap(),
+        program: Program { stdin: true, ..Program::new(["sh", "-c", line]) },
+        hostname: String::new(),
+        limits: Limits::default(),
+    }
+}
+
+/// A hostd of the test: starts two sandboxes, says so, and waits to be killed.
+fn be_hostd(dir: &str, root: &str) {
+    let joined = Spawner::connect_or_start(&config(Path::new(dir))).unwrap();
+    let lines = ["read x; echo heard $x; sleep 1000", "read x; exit 9"];
+    let mut kept = Vec::new();
+    for (id, line) in (1..).zip(lines) {
+        kept.push(wait(joined.spawner.claim(spec(Path::new(root), id, line))).unwrap());
+    }
+    println!("up");
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+struct Hostd {
+    child: std::process::Child,
+    dir: tempfile::TempDir,
+    _root: tempfile::TempDir,
+}
+
+fn hostd() -> Hostd {
+    let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .arg("__hostd")
+        .args([dir.path(), root.path()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "up\n");
+    Hostd { child, dir, _root: root }
+}
+
+fn hostd_killed_boxes_adopted() {
+    let mut hostd = hostd();
+    hostd.child.kill().unwrap();
+    hostd.child.wait().unwrap();
+    let joined = Spawner::connect_or_start(&config(hostd.dir.path())).unwrap();
+    let Joined { spawner, mut events, mut live, started, .. } = joined;
+    live.sort_by_key(|l| l.id);
+    assert!(!started && live.len() == 2, "{live:?}");
+    assert!(live.iter().all(|l| Path::new(&format!("/proc/{}", l.pid)).exists()));
+    // The adopted box is as good as our own: stdio, exec, stats, kill.
+    let stdio = wait(spawner.stdio([1; 16])).unwrap();
+    rustix::io::write(stdio.stdin.as_ref().unwrap(), b"adopted\n").unwrap();
+    let mut bytes = [0; 14];
+    fs::File::from(stdio.stdout.unwrap()).read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"heard adopted\n");
+    let done = wait(spawner.exec([1; 16], Program::new(["hostname"]))).unwrap();
+    assert_eq!(read_all(done.stdio.stdout.unwrap()), "sandbox\n");
+    wait(spawner.kill([1; 16])).unwrap();
+    loop {
+        match wait(events.recv()).unwrap() {
+            Event::Exited(e) => break assert_eq!((e.id, e.status.signal), ([1; 16], Some(9))),
+            _ => {}
+        }
+    }
+    wait(spawner.shutdown(true)).unwrap();
+    assert_clean(&config(hostd.dir.path()), spawner.pid());
+}
+
+fn an_end_while_hostd_was_away() {
+    let mut hostd = hostd();
+    let config = config(hostd.dir.path());
+    hostd.child.kill().unwrap();
+    hostd.child.wait().unwrap();
+    let Joined { spawner, live, .. } = Spawner::connect_or_start(&config).unwrap();
+    let stdio = wait(spawner.stdio([2; 16])).unwrap();
+    let pid = live.iter().find(|l| l.id == [2; 16]).unwrap().pid;
+    // A second hostd takes over; the first handle is told.
+    let Joined { spawner: second, .. } = Spawner::connect_or_start(&config).unwrap();
+    let gone = wait(spawner.pool()).unwrap_err();
+    assert!(matches!(gone, ClaimError::Unknown { .. }), "{gone:?}");
+    rustix::io::write(stdio.stdin.as_ref().unwrap(), b"\n").unwrap();
+    while Path::new(&format!("/proc/{pid}")).exists() {}
+    let Joined { spawner: third, exited, .. } = Spawner::connect_or_start(&config).unwrap();
+    drop(second);
+    assert_eq!(exited.len(), 1);
+    assert_eq!((exited[0].id, exited[0].status.code), ([2; 16], Some(9)));
+    wait(third.forget([2; 16])).unwrap();
+    assert_eq!(wait(third.running()).unwrap().1, []);
+    wait(third.shutdown(true)).unwrap();
+    assert_clean(&config, third.pid());
+}
+
+fn groups_of(config: &Config) -> Vec<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let mut found = Vec::new();
+    for line in own.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (names, path) = (parts.next().unwrap(), parts.next().unwrap());
+        let base = Path::new(&config.cgroup_root).join(names).join(path.trim_start_matches('/'));
+        let Ok(entries) = fs::read_dir(base) else { continue };
+        let ours = |p: &PathBuf| {
+            p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&config.group_name()))
+        };
+        found.extend(entries.flatten().map(|e| e.path()).filter(ours));
+    }
+    found
+}
+
+/// No process, group, mount or socket of a spawner is left.
+fn assert_clean(config: &Config, spawner: u32) {
+    while Path::new(&format!("/proc/{spawner}/ns")).exists()
+        && fs::read_to_string(format!("/proc/{spawner}/stat")).is_ok_and(|s| !s.contains(") Z"))
+    {
+        std::thread::yield_now();
+    }
+    assert_eq!(groups_of(config), Vec::<PathBuf>::new());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&config.state_dir), "{mounts}");
+    assert!(!Path::new(&config.state_dir).join("spawner.sock").exists());
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while !box_processes(config).is_empty() {
+        let late = std::time::Instant::now() > deadline;
+        assert!(!late, "still there: {:?}", box_processes(config));
+    }
+}
+
+/// Processes with a user id of a box's range.
+fn box_processes(config: &Config) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(status) = fs::read_to_string(entry.path().join("status")) else { continue };
+        let uid = status.lines().find_map(|l| l.strip_prefix("Uid:"));
+        let uid = uid.and_then(|l| l.split_whitespace().next()?.parse::<u32>().ok()).unwrap_or(0);
+        if uid >= config.uid_base && uid < config.uid_base + config.slots * 65_536 {
+            found.push(status);
+        }
+    }
+    found
+}
+
+fn kill_spawner(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+fn spawner_killed_nothing_left() {
+    let mut place = place(2);
+    let line = "trap '' TERM; (sleep 1001 &); sleep 1002";
+    let running = place.claim(Program::new(["sh", "-c", line])).unwrap();
+    kill_spawner(place.spawner.pid());
+    while !matches!(wait(place.events.recv()).unwrap(), Event::Gone) {}
+    let unknown = wait(place.spawner.stats(running.id)).unwrap_err();
+    assert!(matches!(unknown, ClaimError::Unknown { .. }), "{unknown:?}");
+    // The program's end of the pipe closes with the last process of the box.
+    assert_eq!(read_all(running.stdio.stdout.unwrap()), "");
+    let swept = loop {
+        let swept = hostd_sandbox::sweep(&place.config).unwrap();
+        if swept.groups_left == 0 && !swept.spawner_alive {
+            break swept;
+        }
+    };
+    assert_eq!(swept.groups_left, 0);
+    assert_clean(&place.config, place.spawner.pid());
+    // And a new one starts in its place.
+    let joined = Spawner::connect_or_start(&place.config).unwrap();
+    assert!(joined.started && joined.live.is_empty());
+    wait(joined.spawner.shutdown(true)).unwrap();
+    assert_clean(&place.config, joined.spawner.pid());
+}
+
+fn spawner_killed_frozen_box_swept() {
+    let mut place = place(2);
+    let running = place.claim(Program::new(["sleep", "1000"])).unwrap();
+    wait(place.spawner.pause(running.id)).unwrap();
+    kill_spawner(place.spawner.pid());
+    while !matches!(wait(place.events.recv()).unwrap(), Event::Gone) {}
+    // Starting a new one sweeps too.
+    let joined = Spawner::connect_or_start(&place.config).unwrap();
+    assert!(joined.started);
+    while Path::new(&format!("/proc/{}/ns/pid", running.pid)).exists() {}
+    wait(joined.spawner.shutdown(true)).unwrap();
+    assert_clean(&place.config, joined.spawner.pid());
+}
+
+fn two_hundred_claims_leave_all_flat() {
+    let mut place = place(4);
+    let look = |pid: u32| {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        let mounts = |pid: u32| {
+            fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count()
+        };
+        let ours = fs::read_dir("/proc/self/fd").unwrap().count();
+        (fds, mounts(pid), mounts(std::process::id()), ours)
+    };
+    let pid = place.spawner.pid();
+    let settle = |place: &house::Place| loop {
+        let pool = wait(place.spawner.pool()).unwrap();
+        if pool[0].parked == 4 && pool[0].running == 0 && pool[0].slots_left == 60 {
+            break;
+        }
+    };
+    place.shell("exit 0");
+    settle(&place);
+    let before = look(pid);
+    let pages = || {
+        let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+        statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let rss = pages();
+    for round in 0..200 {
+        let line = if round % 2 == 0 { "exit 0" } else { "no-such-thing; (sleep 100 &); exit 1" };
+        place.shell(line);
+    }
+    settle(&place);
+    assert_eq!(look(pid), before);
+    assert!(pages() <= rss + rss / 20 + 64, "{} pages, {rss} before", pages());
+}
+
+fn full_is_refused_and_freed() {
+    let root = house::root();
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { slots: 2, claim_wait_ms: 5000, ..config(dir.path()) };
+    let Joined { spawner, mut events, .. } = Spawner::connect_or_start(&config).unwrap();
+    for id in [1, 2] {
+        wait(spawner.claim(spec(root.path(), id, "sleep 1000"))).unwrap();
+    }
+    let refused = wait(spawner.claim(spec(root.path(), 3, "true"))).unwrap_err();
+    assert_eq!(refused, Refusal::NoBox { shape: "small".into() }.into());
+    wait(spawner.kill([1; 16])).unwrap();
+    while !matches!(wait(events.recv()).unwrap(), Event::Exited(e) if e.id == [1; 16]) {}
+    wait(spawner.claim(spec(root.path(), 3, "sleep 1000"))).unwrap();
+    wait(spawner.shutdown(true)).unwrap();
+    assert_clean(&config, spawner.pid());
+}
+
+fn a_spawner_left_alone_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { linger_s: 0, ..config(dir.path()) };
+    let joined = Spawner::connect_or_start(&config);
+    // With no time to linger it may be gone before anybody comes.
+    if let Ok(joined) = joined {
+        let pid = joined.spawner.pid();
+        drop(joined);
+        assert_clean(&config, pid);
+    }
+}
