@@ -53,7 +53,7 @@ impl Validity {
 /// The authority of one fleet.
 #[derive(Debug)]
 pub struct FleetAuthority {
-    dir: PathBuf,
+    dir: Option<PathBuf>,
     ca: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
     keys: Vec<FleetKey>,
@@ -89,6 +89,19 @@ impl FleetAuthority {
                 format!("{} already holds a fleet, which was left as it is", dir.display()),
             ));
         }
+        let made = Self::unsaved()?;
+        files::write(dir, CA_KEY, made.issuer.key().serialize_pem().as_bytes(), Mode::Private)?;
+        write_fleet_keys(dir, &made.keys)?;
+        files::write(dir, CA, files::pem("CERTIFICATE", &made.ca).as_bytes(), Mode::Public)?;
+        Ok(Self { dir: Some(dir.to_owned()), ..made })
+    }
+
+    /// A fleet that lives as long as this value: for tests and benches.
+    ///
+    /// # Errors
+    /// [`Code::Internal`] without randomness.
+    pub fn unsaved() -> Result<Self, Fault> {
+        super::install_provider();
         let secret = draw_secret()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
@@ -98,13 +111,9 @@ impl FleetAuthority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         set_validity(&mut params, Validity::lasting(3_650 * DAY));
         let key = KeyPair::generate().map_err(internal)?;
-        let ca = params.self_signed(&key).map_err(internal)?;
-        files::write(dir, CA_KEY, key.serialize_pem().as_bytes(), Mode::Private)?;
+        let ca = params.self_signed(&key).map_err(internal)?.der().clone();
         let keys = vec![FleetKey { epoch: KeyEpoch(1), secret }];
-        write_fleet_keys(dir, &keys)?;
-        files::write(dir, CA, ca.pem().as_bytes(), Mode::Public)?;
-        let issuer = Issuer::new(params, key);
-        Ok(Self { dir: dir.to_owned(), ca: ca.der().clone(), issuer, keys })
+        Ok(Self { dir: None, ca, issuer: Issuer::new(params, key), keys })
     }
 
     /// Loads the fleet of `dir`.
@@ -119,7 +128,7 @@ impl FleetAuthority {
         let pem = String::from_utf8(pem).map_err(|error| broken(dir, CA_KEY, error))?;
         let key = KeyPair::from_pem(&pem).map_err(|error| broken(dir, CA_KEY, error))?;
         let issuer = Issuer::from_ca_cert_der(&ca, key).map_err(|error| broken(dir, CA, error))?;
-        Ok(Self { dir: dir.to_owned(), ca, issuer, keys: load_fleet_keys(dir)? })
+        Ok(Self { dir: Some(dir.to_owned()), ca, issuer, keys: load_fleet_keys(dir)? })
     }
 
     /// A new identity, good for a year.
@@ -188,7 +197,9 @@ impl FleetAuthority {
         let epoch = KeyEpoch(self.newest_key().epoch.0 + 1);
         let mut keys = self.keys.clone();
         keys.push(FleetKey { epoch, secret: draw_secret()? });
-        write_fleet_keys(&self.dir, &keys)?;
+        if let Some(dir) = &self.dir {
+            write_fleet_keys(dir, &keys)?;
+        }
         self.keys = keys;
         Ok(epoch)
     }

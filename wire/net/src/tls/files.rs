@@ -77,3 +77,21 @@ pub(super) fn parse_key_line(line: &str) -> Option<(u32, [u8; 32])> {
     let key = blake3::Hash::from_hex(key.trim()).ok()?;
     Some((epoch.parse().ok()?, *key.as_bytes()))
 }
+
+/// Base64 of RFC 7468, 64 characters a line.
+pub(super) fn pem(label: &str, der: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = format!("-----BEGIN {label}-----\n");
+    for line in der.chunks(48) {
+        for group in line.chunks(3) {
+            let byte = |at: usize| u32::from(group.get(at).copied().unwrap_or(0));
+            let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+            for digit in 0..4 {
+                let at = (bits >> (18 - 6 * digit) & 63) as usize;
+                text.push(if digit <= group.len() { DIGITS[at] as char } else { '=' });
+            }
+        }
+        text.push('\n');
+    }
+    text + "-----END " + label + "-----\n"
+}

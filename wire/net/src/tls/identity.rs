@@ -102,33 +102,15 @@ impl Identity {
         files::write(
             dir,
             KEY,
-            pem("PRIVATE KEY", self.key.secret_der()).as_bytes(),
+            files::pem("PRIVATE KEY", self.key.secret_der()).as_bytes(),
             Mode::Private,
         )?;
         if let Some(beat) = &self.beat {
             beat.save(dir)?;
         }
-        files::write(dir, CA, pem("CERTIFICATE", &self.ca).as_bytes(), Mode::Public)?;
-        files::write(dir, CERT, pem("CERTIFICATE", &self.cert).as_bytes(), Mode::Public)
+        files::write(dir, CA, files::pem("CERTIFICATE", &self.ca).as_bytes(), Mode::Public)?;
+        files::write(dir, CERT, files::pem("CERTIFICATE", &self.cert).as_bytes(), Mode::Public)
     }
-}
-
-/// Base64 of RFC 7468, 64 characters a line.
-fn pem(label: &str, der: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = format!("-----BEGIN {label}-----\n");
-    for line in der.chunks(48) {
-        for group in line.chunks(3) {
-            let byte = |at: usize| u32::from(group.get(at).copied().unwrap_or(0));
-            let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-            for digit in 0..4 {
-                let at = (bits >> (18 - 6 * digit) & 63) as usize;
-                text.push(if digit <= group.len() { DIGITS[at] as char } else { '=' });
-            }
-        }
-        text.push('\n');
-    }
-    text + "-----END " + label + "-----\n"
 }
 
 /// The peer that a certificate names first.

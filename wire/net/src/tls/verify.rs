@@ -185,7 +185,7 @@ fn explain_alert(ours: bool, alert: u8, reason: &str) -> Fault {
         ),
         49 => (Code::Forbidden, format!("{whose} certificate's role may not do this here")),
         116 => (Code::Unauthenticated, format!("{whose} certificate was not shown")),
-        42 if ours && reason.contains("NotValidForName") => (
+        42 if ours && reason.contains("not valid for name") => (
             Code::Unauthenticated,
             "another peer answers there than the one that was dialled".into(),
         ),

@@ -1,0 +1,229 @@
+//! The bare quinn ceilings of a launch: the same bytes, connections and load in flight, with nothing done.
+//!
+//! `echo` is one hop; `relay` has a launch's own shape: client, a relay in the placer's place, and echoes in the hosts'
+//! place. Client, relay and echoes have a thread each, as the roles do.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use quinn::Connection;
+use wire::{Code, Fault, frame::HEADER_BYTES, launch::LaunchHead, seal::Role};
+use wire_net::{
+    quic,
+    tls::{FleetAuthority, Identity, Peer},
+};
+
+use super::{Ceiling, Load, Options, load::Measured};
+
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+/// Without a reply to copy its size from (nothing was started).
+const REPLY_BYTES: usize = 96;
+const HOSTS_MAX: usize = 1_000;
+const IN_FLIGHT_MAX: usize = 10_000;
+const WARM_UP: Duration = Duration::from_millis(500);
+
+/// What goes over the wire, and how much of it at once.
+#[derive(Clone, Copy)]
+struct Shape {
+    request: usize,
+    reply: usize,
+    connections: usize,
+    in_flight: usize,
+    hosts: usize,
+    time: Duration,
+}
+
+pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling, Fault> {
+    let reply = if measured.reply_bytes == 0 { REPLY_BYTES } else { measured.reply_bytes };
+    let in_flight = match options.load {
+        Load::Closed { in_flight } => in_flight,
+        Load::Open { rate } => little(rate, measured.latency_us.mean()),
+    };
+    let shape = Shape {
+        request: HEADER_BYTES + LaunchHead::BYTES + measured.request_bytes,
+        reply: HEADER_BYTES + reply,
+        connections: options.connections_each() * options.threads,
+        in_flight: in_flight.clamp(1, IN_FLIGHT_MAX),
+        hosts: options.hosts.clamp(1, HOSTS_MAX),
+        time: options.ceiling,
+    };
+    let authority = FleetAuthority::unsaved()?;
+    Ok(Ceiling {
+        echo_per_second: run(&authority, shape, false)?,
+        relay_per_second: run(&authority, shape, true)?,
+        connections: shape.connections,
+        in_flight: shape.in_flight,
+        request_bytes: shape.request,
+        reply_bytes: shape.reply,
+    })
+}
+
+/// Little's law: what an open loop has in flight.
+fn little(rate: f64, mean_us: f64) -> usize {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "positive, and clamped by the caller"
+    )]
+    let in_flight = (rate * mean_us / 1e6).ceil() as usize;
+    in_flight
+}
+
+fn run(authority: &FleetAuthority, shape: Shape, relayed: bool) -> Result<f64, Fault> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (echo, echo_thread) = serve(authority, &stop, shape, None)?;
+    let (target, relay_thread) = if relayed {
+        let (addr, thread) = serve(authority, &stop, shape, Some(echo))?;
+        (addr, Some(thread))
+    } else {
+        (echo, None)
+    };
+    let client = authority.issue(&Peer::Client { tenant: "bench".into() })?;
+    let rate = spawn("ceiling-client", move || runtime()?.block_on(offer(client, target, shape)))?
+        .join()
+        .map_err(|_| panicked())?;
+    stop.store(true, Ordering::Relaxed);
+    for thread in [Some(echo_thread), relay_thread].into_iter().flatten() {
+        thread.join().map_err(|_| panicked())??;
+    }
+    rate
+}
+
+fn panicked() -> Fault {
+    Fault::new(Code::Internal, "a ceiling's thread panicked")
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Fault> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::new(Code::Internal, error.to_string()))
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<thread::JoinHandle<Result<T, Fault>>, Fault> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map_err(|error| Fault::new(Code::Internal, format!("no thread: {error}")))
+}
+
+/// An echo, or with `behind` a relay to it, on a thread of its own; returns where it listens.
+fn serve(
+    authority: &FleetAuthority,
+    stop: &Arc<AtomicBool>,
+    shape: Shape,
+    behind: Option<SocketAddr>,
+) -> Result<(SocketAddr, thread::JoinHandle<Result<(), Fault>>), Fault> {
+    let identity = authority.issue(&Peer::Placer(1))?;
+    let (tell, told) = mpsc::channel();
+    let stop = Arc::clone(stop);
+    let thread = spawn("ceiling-serve", move || {
+        runtime()?.block_on(async move {
+            let roles = [Role::Client, Role::Placer];
+            let endpoint = quic::listen(LOOPBACK, &identity, &roles)?;
+            let mut hosts = Vec::new();
+            if let Some(behind) = behind {
+                for _ in 0..shape.hosts {
+                    hosts.push(quic::connect(&endpoint, behind, Role::Placer).await?);
+                }
+            }
+            let hosts: Arc<[Connection]> = hosts.into();
+            let addr = endpoint
+                .local_addr()
+                .map_err(|error| Fault::new(Code::Internal, error.to_string()))?;
+            let _ = tell.send(addr);
+            while !stop.load(Ordering::Relaxed) {
+                let turn = Duration::from_millis(50);
+                let Ok(Some(incoming)) = tokio::time::timeout(turn, endpoint.accept()).await else {
+                    continue;
+                };
+                if let Ok((connection, _)) = quic::accept(incoming).await {
+                    tokio::spawn(answer_all(connection, Arc::clone(&hosts), shape));
+                }
+            }
+            endpoint.close(0u32.into(), b"");
+            Ok(())
+        })
+    })?;
+    match told.recv() {
+        Ok(addr) => Ok((addr, thread)),
+        Err(_) => Err(thread.join().map_err(|_| panicked())?.err().unwrap_or_else(panicked)),
+    }
+}
+
+async fn answer_all(connection: Connection, hosts: Arc<[Connection]>, shape: Shape) {
+    let turn = Arc::new(AtomicU64::new(0));
+    while let Ok((mut send, mut recv)) = connection.accept_bi().await {
+        let (hosts, turn) = (Arc::clone(&hosts), Arc::clone(&turn));
+        tokio::spawn(async move {
+            let Ok(request) = recv.read_to_end(shape.request).await else { return };
+            let reply = if hosts.is_empty() {
+                Some(vec![0; shape.reply])
+            } else {
+                let at = usize::try_from(turn.fetch_add(1, Ordering::Relaxed)).unwrap_or(0);
+                trip(&hosts[at % hosts.len()], &request, shape.reply).await
+            };
+            if let Some(reply) = reply {
+                let _ = send.write_chunk(reply.into()).await;
+                let _ = send.finish();
+            }
+        });
+    }
+}
+
+async fn trip(connection: &Connection, request: &[u8], reply_max: usize) -> Option<Vec<u8>> {
+    let (mut send, mut recv) = connection.open_bi().await.ok()?;
+    send.write_chunk(request.to_vec().into()).await.ok()?;
+    let _ = send.finish();
+    recv.read_to_end(reply_max).await.ok()
+}
+
+/// Round trips a second that come back.
+async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f64, Fault> {
+    let endpoint = quic::dialer(LOOPBACK, &identity)?;
+    let mut connections = Vec::new();
+    for _ in 0..shape.connections {
+        connections.push(quic::connect(&endpoint, target, Role::Placer).await?);
+    }
+    let done = Arc::new(AtomicU64::new(0));
+    let lost = Arc::new(Mutex::new(false));
+    let workers: Vec<_> = (0..shape.in_flight)
+        .map(|at| {
+            let connection = connections[at % connections.len()].clone();
+            let (done, lost) = (Arc::clone(&done), Arc::clone(&lost));
+            tokio::spawn(async move {
+                let request = vec![0; shape.request];
+                while trip(&connection, &request, shape.reply).await.is_some() {
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+                *lost.lock().unwrap_or_else(PoisonError::into_inner) = true;
+            })
+        })
+        .collect();
+    tokio::time::sleep(WARM_UP).await;
+    let (before, from) = (done.load(Ordering::Relaxed), Instant::now());
+    tokio::time::sleep(shape.time).await;
+    let (count, took) = (done.load(Ordering::Relaxed) - before, from.elapsed());
+    let broke = *lost.lock().unwrap_or_else(PoisonError::into_inner);
+    workers.iter().for_each(tokio::task::JoinHandle::abort);
+    endpoint.close(0u32.into(), b"");
+    if broke {
+        return Err(Fault::new(
+            Code::Internal,
+            "the ceiling's connection broke, so it has no figure",
+        ));
+    }
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+    Ok(count as f64 / took.as_secs_f64())
+}

@@ -1,0 +1,494 @@
+//! Offers launches to placers and notes what becomes of each.
+//!
+//! Each thread has a runtime, a socket and connections of its own, so that offering load shares no lock. A request is
+//! encoded once; only its id changes.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc, Barrier, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use quinn::{Connection, Endpoint};
+use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
+use wire::{
+    Code, Fault, LaunchId,
+    launch::{LaunchHead, LaunchReply, LaunchRequest, Limits, Network},
+    seal::Role,
+};
+use wire_net::{
+    quic,
+    stream::{self, LaunchLost},
+    tls::Identity,
+};
+
+use super::{Achieved, Load, Options, RolePid, pace::Pace};
+use crate::{cpu::Meter, scrape};
+
+/// What a run saw.
+pub(super) struct Measured {
+    pub(super) elapsed: Duration,
+    pub(super) achieved: Achieved,
+    pub(super) latency_us: Histogram<u64>,
+    pub(super) cpu: Vec<(String, Duration)>,
+    pub(super) attempts_a_launch: Option<f64>,
+    pub(super) first_fault: Option<String>,
+    pub(super) request_bytes: usize,
+    pub(super) reply_bytes: usize,
+}
+
+/// A request whose id is put in anew each time.
+struct Template {
+    bytes: Vec<u8>,
+    id_at: usize,
+    head: LaunchHead,
+}
+
+impl Template {
+    fn new(options: &Options, tenant: String) -> Result<Self, Fault> {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let mut request = LaunchRequest {
+            launch_id: LaunchId([0x55; 16]),
+            tenant,
+            image: options.image.clone(),
+            shape: options.shape,
+            command: options.command.clone(),
+            env: Vec::new(),
+            cwd: String::new(),
+            user: String::new(),
+            tty: false,
+            stdin: false,
+            limits: Limits { hard_ms: millis(options.lifetime), ..Limits::default() },
+            network: Network::None,
+            labels: Vec::new(),
+        };
+        request.check()?;
+        let bytes = request.to_bytes();
+        request.launch_id = LaunchId([0xaa; 16]);
+        let other = request.to_bytes();
+        let id_at = bytes.iter().zip(&other).position(|(a, b)| a != b).unwrap_or(0);
+        let differ = bytes.iter().zip(&other).filter(|(a, b)| a != b).count();
+        if differ != 16 || bytes.len() != other.len() {
+            return Err(Fault::new(Code::Internal, "a request does not hold its id in one place"));
+        }
+        let budget_ms = u32::try_from(options.budget.as_millis()).unwrap_or(u32::MAX);
+        let head =
+            LaunchHead { budget_ms: budget_ms.min(wire::limits::BUDGET_MS_MAX), named: false };
+        Ok(Self { bytes, id_at, head })
+    }
+
+    fn with(&self, id: [u8; 16]) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes[self.id_at..self.id_at + 16].copy_from_slice(&id);
+        bytes
+    }
+}
+
+/// When a run's phases are; fixed once all threads are connected.
+#[derive(Clone, Copy)]
+struct Window {
+    from: Instant,
+    to: Instant,
+}
+
+/// What all threads share: touched once a launch at most.
+struct Shared {
+    stop: AtomicBool,
+    left: AtomicU64,
+    done: AtomicU64,
+}
+
+/// What one thread's tasks share; never contended, since they run on one thread.
+struct Own {
+    template: Template,
+    window: Window,
+    shared: Arc<Shared>,
+    links: Vec<Link>,
+    endpoint: Endpoint,
+    seen: Mutex<Seen>,
+    in_flight_max: usize,
+}
+
+struct Link {
+    addr: SocketAddr,
+    connection: tokio::sync::Mutex<Connection>,
+}
+
+struct Seen {
+    rng: SmallRng,
+    achieved: Achieved,
+    latency_us: Histogram<u64>,
+    last: Instant,
+    in_flight: usize,
+    first_fault: Option<String>,
+    reply_bytes: usize,
+}
+
+fn histogram() -> Result<Histogram<u64>, Fault> {
+    Histogram::new_with_bounds(1, 300_000_000, 3)
+        .map_err(|error| Fault::new(Code::Internal, error.to_string()))
+}
+
+pub(super) fn offer(options: &Options) -> Result<Measured, Fault> {
+    let identity = Identity::load(&options.identity)?;
+    let tenant = match (identity.peer.tenant(), &options.tenant) {
+        (_, Some(tenant)) => tenant.clone(),
+        (Some(tenant), None) => tenant.to_owned(),
+        (None, None) => return Err(Fault::new(Code::Config, "an operator must say a tenant")),
+    };
+    let request_bytes = Template::new(options, tenant.clone())?.bytes.len();
+    let shared = Arc::new(Shared {
+        stop: AtomicBool::new(false),
+        left: AtomicU64::new(if options.launches_max == 0 {
+            u64::MAX
+        } else {
+            options.launches_max
+        }),
+        done: AtomicU64::new(0),
+    });
+    let barrier = Arc::new(Barrier::new(options.threads + 1));
+    let window = Arc::new(Mutex::new(None));
+    let threads: Vec<_> = (0..options.threads)
+        .map(|at| {
+            let (options, identity, tenant) = (options.clone(), identity.clone(), tenant.clone());
+            let (shared, barrier, window) = (shared.clone(), barrier.clone(), window.clone());
+            let name = format!("load-{at}");
+            thread::Builder::new().name(name).spawn(move || {
+                one_thread(&options, &identity, tenant, at, shared, &barrier, &window)
+            })
+        })
+        .collect::<Result<_, _>>()
+        .map_err(|error| Fault::new(Code::Internal, format!("no thread: {error}")))?;
+    barrier.wait();
+    let from = Instant::now() + options.warm_up;
+    *lock(&window) = Some(Window { from, to: from + options.duration });
+    barrier.wait();
+    let (cpu, attempts_a_launch) = watch(options, &shared, from);
+    let mut measured = Measured {
+        elapsed: options.duration,
+        achieved: Achieved::default(),
+        latency_us: histogram()?,
+        cpu,
+        attempts_a_launch,
+        first_fault: None,
+        request_bytes,
+        reply_bytes: 0,
+    };
+    let mut last = from;
+    for thread in threads {
+        let seen = thread
+            .join()
+            .map_err(|_| Fault::new(Code::Internal, "a thread that offered load panicked"))??;
+        measured.add(&seen)?;
+        last = last.max(seen.last);
+    }
+    if options.launches_max > 0 {
+        measured.elapsed = (last - from).max(Duration::from_micros(1));
+    }
+    Ok(measured)
+}
+
+impl Measured {
+    fn add(&mut self, seen: &Seen) -> Result<(), Fault> {
+        let Achieved { started, refused, failed, unknown, unsent } = seen.achieved;
+        self.achieved.started += started;
+        self.achieved.refused += refused;
+        self.achieved.failed += failed;
+        self.achieved.unknown += unknown;
+        self.achieved.unsent += unsent;
+        self.reply_bytes = self.reply_bytes.max(seen.reply_bytes);
+        self.first_fault = self.first_fault.take().or_else(|| seen.first_fault.clone());
+        self.latency_us
+            .add(&seen.latency_us)
+            .map_err(|error| Fault::new(Code::Internal, error.to_string()))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits the run out on the caller's thread: progress, processor time, attempts. Ends the load.
+fn watch(
+    options: &Options,
+    shared: &Shared,
+    from: Instant,
+) -> (Vec<(String, Duration)>, Option<f64>) {
+    let bar = progress_bar(options);
+    let sleep_until = |until: Instant| {
+        while Instant::now() < until && !shared.stop.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(50).min(until - Instant::now().min(until)));
+            bar.set_position(shared.done.load(Ordering::Relaxed));
+        }
+    };
+    sleep_until(from);
+    let mut pids = options.pids.clone();
+    pids.push(RolePid { role: "bench".into(), pid: std::process::id() });
+    let meter = Meter::start(pids);
+    let counted = || options.placer_ops.and_then(scrape::attempts);
+    let before = counted();
+    sleep_until(from + options.duration);
+    let cpu = meter.read();
+    shared.stop.store(true, Ordering::Relaxed);
+    let attempts = before.zip(counted()).and_then(|(before, after)| {
+        let launches = after.launches - before.launches;
+        (launches > 0.0).then(|| (after.attempts - before.attempts) / launches)
+    });
+    bar.finish_and_clear();
+    (cpu, attempts)
+}
+
+fn progress_bar(options: &Options) -> ProgressBar {
+    let bar = if options.launches_max == 0 {
+        ProgressBar::new_spinner()
+    } else {
+        ProgressBar::new(options.launches_max)
+    };
+    let target =
+        if options.progress { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    bar.set_draw_target(target);
+    let style = "{spinner} {elapsed} {wide_bar} {pos} launches, {per_sec}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn one_thread(
+    options: &Options,
+    identity: &Identity,
+    tenant: String,
+    at: usize,
+    shared: Arc<Shared>,
+    barrier: &Barrier,
+    window: &Mutex<Option<Window>>,
+) -> Result<Seen, Fault> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Fault::new(Code::Internal, error.to_string()));
+    // Whatever happens, the barriers are met: others wait there.
+    let connected = runtime.and_then(|runtime| {
+        let links = runtime.block_on(connect(options, identity))?;
+        Ok((runtime, links))
+    });
+    if connected.is_err() {
+        shared.stop.store(true, Ordering::Relaxed);
+    }
+    barrier.wait();
+    barrier.wait();
+    let (runtime, (endpoint, links)) = connected?;
+    let Some(window) = *lock(window) else { unreachable!("set between the barriers") };
+    let own = Arc::new(Own {
+        template: Template::new(options, tenant)?,
+        window,
+        shared,
+        links,
+        endpoint,
+        seen: Mutex::new(Seen {
+            rng: SmallRng::from_os_rng(),
+            achieved: Achieved::default(),
+            latency_us: histogram()?,
+            last: window.from,
+            in_flight: 0,
+            first_fault: None,
+            reply_bytes: 0,
+        }),
+        in_flight_max: share(options.in_flight_max(), options.threads, at),
+    });
+    runtime.block_on(run(options, &own))?;
+    drop(runtime);
+    let own = Arc::into_inner(own)
+        .ok_or_else(|| Fault::new(Code::Internal, "a task outlived its runtime"))?;
+    Ok(own.seen.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// One thread's part of a count, such that all parts add up to it.
+fn share(count: usize, threads: usize, at: usize) -> usize {
+    count / threads + usize::from(at < count % threads)
+}
+
+async fn connect(options: &Options, identity: &Identity) -> Result<(Endpoint, Vec<Link>), Fault> {
+    let any = match options.placers[0] {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let endpoint = quic::dialer((any, 0).into(), identity)?;
+    let mut links = Vec::new();
+    for at in 0..options.connections_each() {
+        let addr = options.placers[at % options.placers.len()];
+        let connection = quic::connect(&endpoint, addr, Role::Placer).await?;
+        links.push(Link { addr, connection: tokio::sync::Mutex::new(connection) });
+    }
+    Ok((endpoint, links))
+}
+
+async fn run(options: &Options, own: &Arc<Own>) -> Result<(), Fault> {
+    match options.load {
+        Load::Closed { .. } => {
+            let workers: Vec<_> = (0..own.in_flight_max)
+                .map(|at| tokio::spawn(closed(Arc::clone(own), at)))
+                .collect();
+            for worker in workers {
+                let _ = worker.await;
+            }
+        }
+        Load::Open { rate } => {
+            #[expect(clippy::cast_precision_loss, reason = "a few threads")]
+            open(own, rate / options.threads as f64).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn closed(own: Arc<Own>, at: usize) {
+    while own.take() {
+        own.launch(at % own.links.len(), Instant::now()).await;
+    }
+}
+
+async fn open(own: &Arc<Own>, rate: f64) -> Result<(), Fault> {
+    let mut pace = Pace::start(rate)?;
+    let mut turn = 0;
+    let mut ended = false;
+    while !ended {
+        let (due, count) = pace.next().await?;
+        for _ in 0..count {
+            if !own.take() {
+                ended = true;
+                break;
+            }
+            turn = (turn + 1) % own.links.len();
+            let full = {
+                let mut seen = lock(&own.seen);
+                let full = seen.in_flight >= own.in_flight_max;
+                if full && own.counts(due) {
+                    seen.achieved.unsent += 1;
+                }
+                seen.in_flight += usize::from(!full);
+                full
+            };
+            if !full {
+                let (own, link) = (Arc::clone(own), turn);
+                tokio::spawn(async move {
+                    own.launch(link, due).await;
+                    lock(&own.seen).in_flight -= 1;
+                });
+            }
+        }
+    }
+    // What is under way may end: each is bounded by its budget.
+    let limit =
+        Instant::now() + Duration::from_millis(u64::from(own.template.head.budget_ms) + 500);
+    while lock(&own.seen).in_flight > 0 && Instant::now() < limit {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+impl Own {
+    /// Whether another launch may start.
+    fn take(&self) -> bool {
+        let shared = &self.shared;
+        if shared.stop.load(Ordering::Relaxed) || Instant::now() >= self.window.to {
+            return false;
+        }
+        let taken = shared.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            if left == u64::MAX { Some(left) } else { left.checked_sub(1) }
+        });
+        if taken == Ok(1) {
+            // The last one of a burst: the watcher need not wait longer.
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        taken.is_ok()
+    }
+
+    fn counts(&self, due: Instant) -> bool {
+        (self.window.from..self.window.to).contains(&due)
+    }
+
+    async fn launch(&self, link: usize, due: Instant) {
+        let link = &self.links[link];
+        let mut id = [0; 16];
+        lock(&self.seen).rng.fill_bytes(&mut id);
+        let request = self.template.with(id);
+        let connection = link.connection.lock().await.clone();
+        let limit = Duration::from_millis(u64::from(self.template.head.budget_ms) + 1_000);
+        let sent = stream::launch(&connection, self.template.head, &request);
+        let outcome = match tokio::time::timeout(limit, sent).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                let fault = Fault::new(Code::Unknown, "no answer within the budget");
+                Err(LaunchLost::Unknown(fault))
+            }
+        };
+        let lost = matches!(outcome, Err(LaunchLost::NotSent(_)));
+        self.note(due, outcome);
+        if lost {
+            self.redial(link, &connection).await;
+        }
+    }
+
+    fn note(&self, due: Instant, outcome: Result<LaunchReply, LaunchLost>) {
+        let now = Instant::now();
+        self.shared.done.fetch_add(1, Ordering::Relaxed);
+        let mut seen = lock(&self.seen);
+        seen.last = now;
+        if !self.counts(due) {
+            return;
+        }
+        let fault = match outcome {
+            Ok(LaunchReply::Started(started)) => {
+                seen.achieved.started += 1;
+                let us = u64::try_from(now.duration_since(due).as_micros()).unwrap_or(u64::MAX);
+                seen.latency_us.saturating_record(us.max(1));
+                if seen.reply_bytes == 0 {
+                    seen.reply_bytes = LaunchReply::Started(started).to_bytes().len();
+                }
+                return;
+            }
+            Ok(LaunchReply::Refused(refused)) => {
+                seen.achieved.refused += 1;
+                Fault::new(refused.code, refused.code.name())
+            }
+            Ok(LaunchReply::Failed(fault)) => {
+                // Exit status 5 is "no capacity" of any kind.
+                match fault.code {
+                    Code::Unknown => seen.achieved.unknown += 1,
+                    code if code.exit() == 5 => seen.achieved.refused += 1,
+                    _ => seen.achieved.failed += 1,
+                }
+                fault
+            }
+            Err(LaunchLost::Unknown(fault)) => {
+                seen.achieved.unknown += 1;
+                fault
+            }
+            Err(LaunchLost::NotSent(fault)) => {
+                seen.achieved.unsent += 1;
+                fault
+            }
+        };
+        if seen.first_fault.is_none() {
+            seen.first_fault = Some(format!("{}: {}", fault.code, fault.message));
+        }
+    }
+
+    /// Replaces a connection that broke; whoever comes second finds it replaced.
+    async fn redial(&self, link: &Link, broken: &Connection) {
+        let mut connection = link.connection.lock().await;
+        if connection.stable_id() != broken.stable_id() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if let Ok(new) = quic::connect(&self.endpoint, link.addr, Role::Placer).await {
+            *connection = new;
+        }
+    }
+}
