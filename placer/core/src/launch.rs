@@ -526,7 +526,8 @@ impl Launch {
 }
 
 /// Faults that would meet this launch on any host: it ends, and its host did well.
-const fn is_of_the_launch(code: Code) -> bool {
+#[must_use]
+pub const fn is_of_the_launch(code: Code) -> bool {
     matches!(
         code,
         Code::BadRequest
