@@ -1,0 +1,295 @@
+//! One launch on its way: the core's state machine says what to do, this does it.
+//!
+//! A launch that comes in is checked, looked up by id, and driven to its outcome by this thread alone. What the client does
+//! meanwhile changes nothing: its connection may break, and the outcome is kept for when it asks again.
+
+use std::{rc::Rc, time::Duration};
+
+use bytes::Bytes;
+use futures::{FutureExt, future::LocalBoxFuture};
+use placer_core::{Launch, Outcome, Step};
+use wire::{
+    Code, Fault, HostId, LaunchId, ShapeId,
+    call::{Answer, Call},
+    launch::{LaunchHead, LaunchReply, LaunchRequest},
+};
+use wire_net::{
+    stream::{self, LaunchLost},
+    tls::Peer,
+};
+
+use crate::{
+    known::{Entered, Left, digest},
+    worker::Worker,
+};
+
+/// Time to ask a pinned host when the asker gave none.
+const ASK_PINNED: Duration = Duration::from_secs(2);
+/// Between two askings of one host by the paths that have no state machine.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+
+/// What a host, or the way to it, said.
+pub(crate) enum News {
+    Reply(LaunchReply),
+    NotSent(Fault),
+    Lost,
+    Cancelled(bool),
+}
+
+/// A launch that was checked.
+pub(crate) struct Asked {
+    pub(crate) id: LaunchId,
+    pub(crate) shape: ShapeId,
+    pub(crate) head: LaunchHead,
+    pub(crate) request: Bytes,
+}
+
+impl Asked {
+    /// Checks a launch frame's payload, and that `peer` may ask for it.
+    pub(crate) fn check(payload: &Bytes, peer: &Peer) -> Result<Self, Fault> {
+        let bad = |what: &str| Fault::new(Code::BadRequest, format!("{what}; nothing was started"));
+        let (head, bytes) = LaunchHead::split(payload).map_err(|_| bad("not a launch"))?;
+        let request = LaunchRequest::access(bytes).map_err(|_| bad("not a launch request"))?;
+        let shape = ShapeId::new(request.shape).ok_or_else(|| bad("no such shape"))?;
+        match peer {
+            Peer::Client { tenant } if *tenant == request.tenant.as_str() => {}
+            Peer::Operator if !request.tenant.is_empty() => {}
+            Peer::Operator => return Err(bad("no tenant was named")),
+            _ => {
+                let tenant = request.tenant.as_str();
+                let message = format!("{peer} may not launch for tenant {tenant:?}");
+                return Err(Fault::new(Code::Forbidden, message));
+            }
+        }
+        let id = LaunchId(request.launch_id.0);
+        Ok(Self { id, shape, head, request: payload.slice(LaunchHead::BYTES..) })
+    }
+}
+
+/// The end of a launch, with the host that may hold it.
+pub(crate) struct Ended {
+    pub(crate) outcome: Outcome,
+    pub(crate) host: Option<HostId>,
+}
+
+impl Ended {
+    pub(crate) fn failed(code: Code, message: impl Into<String>) -> Self {
+        Self { outcome: Outcome::Failed(Fault::new(code, message)), host: None }
+    }
+
+    fn reply(&self) -> LaunchReply {
+        match &self.outcome {
+            Outcome::Started(started) => LaunchReply::Started(*started),
+            Outcome::Failed(fault) => LaunchReply::Failed(fault.clone()),
+        }
+    }
+
+    fn left(&self) -> Left {
+        match (&self.outcome, self.host) {
+            (Outcome::Started(started), _) => Left::Started(*started),
+            (Outcome::Failed(fault), Some(host)) if fault.code == Code::Unknown => {
+                Left::Pinned(host)
+            }
+            (Outcome::Failed(_), _) => Left::Failed,
+        }
+    }
+}
+
+impl Worker {
+    /// Carries a launch frame to its reply.
+    pub(crate) async fn launch(self: &Rc<Self>, payload: &Bytes, peer: &Peer) -> LaunchReply {
+        let asked = match Asked::check(payload, peer) {
+            Ok(asked) => asked,
+            Err(fault) => return self.denied(fault),
+        };
+        if self.under_way.get() >= self.shared.config.launches_max {
+            let message = "too many launches are under way at this placer; nothing was started";
+            return self.denied(Fault::new(Code::Overloaded, message));
+        }
+        let began = self.now();
+        self.under_way.set(self.under_way.get() + 1);
+        let reply = self.launch_once(&asked).await;
+        self.under_way.set(self.under_way.get() - 1);
+        let took_us = self.now().saturating_sub(began);
+        #[expect(clippy::cast_precision_loss, reason = "a figure for a histogram")]
+        self.metrics.latency.observe(took_us as f64 / 1e6);
+        reply
+    }
+
+    fn denied(&self, fault: Fault) -> LaunchReply {
+        self.metrics.denied.inc();
+        LaunchReply::Failed(fault)
+    }
+
+    /// Looks the id up; drives the launch if it is this thread's to drive.
+    async fn launch_once(self: &Rc<Self>, asked: &Asked) -> LaunchReply {
+        let digest = digest(&asked.request);
+        let start = asked.head.budget_ms > 0;
+        let ended = match self.known.enter(asked.id, digest, start) {
+            Entered::New if asked.head.named => self.drive_named(asked).await,
+            Entered::New => self.drive(asked).await,
+            Entered::Pinned(host) => self.ask_pinned(asked, host).await,
+            Entered::Started(started) => {
+                self.metrics.known.inc();
+                return LaunchReply::Started(started);
+            }
+            Entered::Joined(reply) => {
+                self.metrics.known.inc();
+                let gone = || Fault::new(Code::Unknown, "the placer stopped; ask again");
+                return reply.await.unwrap_or_else(|_| LaunchReply::Failed(gone()));
+            }
+            Entered::Conflict => {
+                let message = "another launch has this id; nothing was started";
+                return self.denied(Fault::new(Code::Conflict, message));
+            }
+            Entered::Crowded => {
+                let message = "too many ask for this launch at once; nothing more was started";
+                return self.denied(Fault::new(Code::Overloaded, message));
+            }
+            Entered::Nothing => {
+                let message = "this placer does not know the launch: it may run or not";
+                return LaunchReply::Failed(Fault::new(Code::Unknown, message));
+            }
+        };
+        let reply = ended.reply();
+        self.known.leave(asked.id, ended.left(), &reply);
+        match &ended.outcome {
+            Outcome::Started(_) => self.metrics.started.inc(),
+            Outcome::Failed(fault) if fault.code == Code::Unknown => self.metrics.unknown.inc(),
+            Outcome::Failed(_) => self.metrics.failed.inc(),
+        };
+        reply
+    }
+
+    /// Drives a launch by the core's state machine.
+    async fn drive(self: &Rc<Self>, asked: &Asked) -> Ended {
+        let budget_ms = asked.head.budget_ms;
+        let mut launch =
+            self.decide(|dispatch, _| Launch::new(self.now(), asked.shape, budget_ms, dispatch));
+        let mut flight: Option<LocalBoxFuture<'_, News>> = None;
+        let mut last = HostId(0);
+        loop {
+            let step = self.decide(|dispatch, table| launch.poll(self.now(), table, dispatch));
+            match step {
+                Step::Send { host, budget_ms, .. } => {
+                    self.metrics.attempts.inc();
+                    last = host;
+                    flight = Some(self.send(asked, host, budget_ms).boxed_local());
+                }
+                Step::Cancel { host } => {
+                    flight = Some(self.cancel(asked.id, host).boxed_local());
+                }
+                Step::Wait { until } => {
+                    let until = self.instant(until);
+                    let Some(under_way) = &mut flight else {
+                        tokio::time::sleep_until(until).await;
+                        continue;
+                    };
+                    if let Ok(news) = tokio::time::timeout_at(until, under_way).await {
+                        flight = None;
+                        self.tell(&mut launch, last, news);
+                    }
+                }
+                Step::Done(outcome) => return Ended { outcome, host: Some(last) },
+            }
+        }
+    }
+
+    fn tell(&self, launch: &mut Launch, host: HostId, news: News) {
+        let now = self.now();
+        self.decide(|dispatch, table| match news {
+            News::Reply(reply) => {
+                if matches!(reply, LaunchReply::Refused(_)) {
+                    self.metrics.refusals.inc();
+                }
+                launch.handle_reply(now, host, reply, table, dispatch);
+            }
+            News::NotSent(fault) => launch.handle_unsent(now, host, fault.code, table, dispatch),
+            News::Lost => launch.handle_lost(now, host, table, dispatch),
+            News::Cancelled(done) => launch.handle_cancel(now, host, done, table, dispatch),
+        });
+    }
+
+    /// Sends a launch to a host and waits for what becomes of it. A dial takes a part of the wait only, so that a host
+    /// that does not answer dials is known as not reached rather than as silent.
+    pub(crate) async fn send(self: &Rc<Self>, asked: &Asked, host: HostId, budget_ms: u32) -> News {
+        let Some(addr) = self.addr_of(host) else {
+            let message = format!("host {host} has left the map; nothing was sent");
+            return News::NotSent(Fault::new(Code::HostUnreachable, message));
+        };
+        let patience = Duration::from_millis(u64::from(budget_ms / 4).max(1));
+        let link = match self.pool.get(host, addr.into(), patience).await {
+            Ok(link) => link,
+            Err(fault) => return News::NotSent(fault),
+        };
+        let outstanding = link.outstanding();
+        let head = LaunchHead { budget_ms, named: asked.head.named };
+        let reply = stream::launch(&link.connection, head, &asked.request).await;
+        drop(outstanding);
+        match reply {
+            Ok(reply) => News::Reply(reply),
+            Err(LaunchLost::NotSent(fault)) => News::NotSent(fault),
+            Err(LaunchLost::Unknown(fault)) => {
+                tracing::debug!(%host, launch = %asked.id, %fault, "a launch went unanswered");
+                News::Lost
+            }
+        }
+    }
+
+    async fn cancel(self: &Rc<Self>, launch_id: LaunchId, host: HostId) -> News {
+        let Some(addr) = self.addr_of(host) else { return News::Cancelled(false) };
+        let patience = Duration::from_secs(1);
+        let Ok(link) = self.pool.get(host, addr.into(), patience).await else {
+            return News::Cancelled(false);
+        };
+        let _outstanding = link.outstanding();
+        let call = Call::Cancel { launch_id, host };
+        let answer = stream::call_on_behalf(&link.connection, "", &call).await;
+        News::Cancelled(matches!(answer, Ok(Answer::Done)))
+    }
+
+    /// Asks the one host that may hold a launch of unknown outcome, until it answers or time is up.
+    async fn ask_pinned(self: &Rc<Self>, asked: &Asked, host: HostId) -> Ended {
+        let given = Duration::from_millis(u64::from(asked.head.budget_ms));
+        let deadline = tokio::time::Instant::now() + given.max(ASK_PINNED);
+        let ended = match self.ask_until(asked, host, deadline).await {
+            Ok(LaunchReply::Started(started)) => Outcome::Started(started),
+            Ok(LaunchReply::Failed(fault)) => Outcome::Failed(fault),
+            Ok(LaunchReply::Refused(refused)) => {
+                let message = format!("host {host} did not start it; nothing was started");
+                Outcome::Failed(Fault::new(refused.code, message))
+            }
+            Err(_) => {
+                let message =
+                    format!("host {host} was asked and does not answer; it may run there");
+                Outcome::Failed(Fault::new(Code::Unknown, message))
+            }
+        };
+        Ended { outcome: ended, host: Some(host) }
+    }
+
+    /// Asks one host for a launch until there is a reply or time is up. The error says whether it was ever sent.
+    pub(crate) async fn ask_until(
+        self: &Rc<Self>,
+        asked: &Asked,
+        host: HostId,
+        deadline: tokio::time::Instant,
+    ) -> Result<LaunchReply, bool> {
+        let mut sent = false;
+        loop {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let left_ms = u32::try_from(left.as_millis()).unwrap_or(u32::MAX);
+            if left_ms == 0 {
+                return Err(sent);
+            }
+            self.metrics.attempts.inc();
+            match tokio::time::timeout_at(deadline, self.send(asked, host, left_ms)).await {
+                Ok(News::Reply(reply)) => return Ok(reply),
+                Ok(News::NotSent(_) | News::Cancelled(_)) => {}
+                Ok(News::Lost) => sent = true,
+                Err(_) => return Err(true),
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Launches by id: those under way, and those that ended a moment ago.
+//!
+//! The same id again, over whatever connection, joins the launch under way or gets the same answer; it never starts a
+//! second one. A launch of unknown outcome stays pinned to its host. What failed is forgotten at once, so that
+//! it may be tried again. The table is bounded: each thread drops its oldest ended entries, and a launch dropped here is
+//! still known to its host.
+
+use std::{
+    cell::RefCell,
+    collections::{VecDeque, hash_map::RandomState},
+    sync::Arc,
+};
+
+use dashmap::{DashMap, Entry};
+use tokio::sync::oneshot;
+use wire::{
+    HostId, LaunchId,
+    launch::{LaunchReply, Started},
+};
+
+/// Repetitions that wait for one launch; more are told to come again.
+const JOINED_MAX: usize = 1_024;
+
+/// Tells one body from another.
+pub(crate) type BodyDigest = [u8; 16];
+
+/// The digest of a request's bytes.
+pub(crate) fn digest(request: &[u8]) -> BodyDigest {
+    let mut digest = [0; 16];
+    digest.copy_from_slice(&blake3::hash(request).as_bytes()[..16]);
+    digest
+}
+
+#[derive(Debug)]
+struct Launch {
+    digest: BodyDigest,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    UnderWay(Vec<oneshot::Sender<LaunchReply>>),
+    Started(Box<Started>),
+    /// It may run there or not: no other host may get it.
+    Pinned(HostId),
+}
+
+/// What is known of an id that comes in.
+#[derive(Debug)]
+pub(crate) enum Entered {
+    /// Nothing: it is under way now, and ends with [`KnownHere::leave`].
+    New,
+    /// It is under way: the reply comes here. An error means that it was given up with its thread.
+    Joined(oneshot::Receiver<LaunchReply>),
+    /// It runs.
+    Started(Started),
+    /// Ask this host only. It is under way now, and ends with [`KnownHere::leave`].
+    Pinned(HostId),
+    /// Another body has this id.
+    Conflict,
+    /// Too many wait for it.
+    Crowded,
+    /// Nothing, and nothing was asked to be started.
+    Nothing,
+}
+
+/// How a launch ended, as far as it is remembered.
+#[derive(Debug)]
+pub(crate) enum Left {
+    Started(Started),
+    Failed,
+    Pinned(HostId),
+}
+
+/// All threads' launches by id.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    launches: DashMap<LaunchId, Launch, RandomState>,
+}
+
+/// One thread's door to them: it knows which entries it must drop one day.
+#[derive(Debug)]
+pub(crate) struct KnownHere {
+    all: Arc<Known>,
+    ended: RefCell<VecDeque<LaunchId>>,
+    ended_max: usize,
+}
+
+impl KnownHere {
+    /// A thread's door; it keeps `ended_max` launches that have ended.
+    pub(crate) fn new(all: Arc<Known>, ended_max: usize) -> Self {
+        Self { all, ended: RefCell::default(), ended_max }
+    }
+
+    /// A launch comes in; with `start`, one that is not known is under way from now on.
+    pub(crate) fn enter(&self, id: LaunchId, digest: BodyDigest, start: bool) -> Entered {
+        match self.all.launches.entry(id) {
+            Entry::Vacant(vacant) => {
+                if !start {
+                    return Entered::Nothing;
+                }
+                vacant.insert(Launch { digest, stage: Stage::UnderWay(Vec::new()) });
+                Entered::New
+            }
+            Entry::Occupied(mut occupied) => {
+                let launch = occupied.get_mut();
+                if launch.digest != digest {
+                    return Entered::Conflict;
+                }
+                match &mut launch.stage {
+                    Stage::Started(started) => Entered::Started(**started),
+                    Stage::Pinned(host) => {
+                        let host = *host;
+                        launch.stage = Stage::UnderWay(Vec::new());
+                        Entered::Pinned(host)
+                    }
+                    Stage::UnderWay(joined) if joined.len() >= JOINED_MAX => Entered::Crowded,
+                    Stage::UnderWay(joined) => {
+                        let (sender, receiver) = oneshot::channel();
+                        joined.push(sender);
+                        Entered::Joined(receiver)
+                    }
+                }
+            }
+        }
+    }
+
+    /// A launch that was under way has ended; those who joined get its reply.
+    pub(crate) fn leave(&self, id: LaunchId, left: Left, reply: &LaunchReply) {
+        let Entry::Occupied(mut occupied) = self.all.launches.entry(id) else { return };
+        let remembered = match left {
+            Left::Started(started) => Some(Stage::Started(Box::new(started))),
+            Left::Pinned(host) => Some(Stage::Pinned(host)),
+            Left::Failed => None,
+        };
+        let kept = remembered.is_some();
+        let stage = match remembered {
+            Some(stage) => std::mem::replace(&mut occupied.get_mut().stage, stage),
+            None => occupied.remove().stage,
+        };
+        if let Stage::UnderWay(joined) = stage {
+            for waiting in joined {
+                // Who waited may have gone.
+                let _ = waiting.send(reply.clone());
+            }
+        }
+        if kept {
+            self.remember(id);
+        }
+    }
+
+    fn remember(&self, id: LaunchId) {
+        let mut ended = self.ended.borrow_mut();
+        ended.push_back(id);
+        if ended.len() > self.ended_max
+            && let Some(oldest) = ended.pop_front()
+        {
+            let over = |_: &_, launch: &Launch| !matches!(launch.stage, Stage::UnderWay(_));
+            self.all.launches.remove_if(&oldest, over);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wire::{Code, Fault};
+
+    use super::*;
+
+    const ID: LaunchId = LaunchId([7; 16]);
+
+    fn known(ended_max: usize) -> KnownHere {
+        KnownHere::new(Arc::default(), ended_max)
+    }
+
+    fn failed() -> LaunchReply {
+        LaunchReply::Failed(Fault::new(Code::NoCapacity, "full"))
+    }
+
+    #[test]
+    fn a_repeated_id_joins_and_gets_the_same_reply() {
+        let known = known(8);
+        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, [2; 16], true), Entered::Conflict));
+        let Entered::Joined(mut joined) = known.enter(ID, [1; 16], false) else { panic!() };
+        known.leave(ID, Left::Failed, &failed());
+        assert_eq!(joined.try_recv().unwrap(), failed());
+        assert!(matches!(known.enter(ID, [2; 16], true), Entered::New), "what failed is forgotten");
+    }
+
+    #[test]
+    fn a_launch_that_nobody_knows_is_not_started_by_asking() {
+        let known = known(8);
+        assert!(matches!(known.enter(ID, [1; 16], false), Entered::Nothing));
+        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
+    }
+
+    #[test]
+    fn an_unknown_launch_stays_on_its_host() {
+        let known = known(8);
+        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
+        known.leave(ID, Left::Pinned(HostId(3)), &failed());
+        assert!(matches!(known.enter(ID, [1; 16], false), Entered::Pinned(HostId(3))));
+        assert!(matches!(known.enter(ID, [1; 16], true), Entered::Joined(_)));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let known = known(2);
+        for at in 0..10u8 {
+            let id = LaunchId([at; 16]);
+            assert!(matches!(known.enter(id, [1; 16], true), Entered::New));
+            known.leave(id, Left::Pinned(HostId(1)), &failed());
+        }
+        assert_eq!(known.all.launches.len(), 2);
+    }
+}

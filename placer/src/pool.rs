@@ -1,0 +1,263 @@
+//! Warm connections to hosts, one thread's own.
+//!
+//! A host is dialled when something first goes there; those who come meanwhile wait for the same dial. A host that cannot
+//! be reached rests, longer with each failure. A connection on which something is outstanding and not even an
+//! acknowledgement comes in is given up after [`DEAF`]: what was on it is then of unknown outcome, asked again over a
+//! fresh connection, and what comes after it is not sent to a dead host at all. Above the bound the connections idle for
+//! longest are closed; their hosts' session tickets are kept by the endpoint, so that a dial of one of them is cheaper.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use futures::{
+    FutureExt,
+    future::{LocalBoxFuture, Shared},
+};
+use quinn::{Connection, Endpoint};
+use wire::{Code, Fault, HostId};
+use wire_net::{
+    quic,
+    tls::{Identity, Peer},
+};
+
+use crate::metrics::WorkerMetrics;
+
+/// A dial gives up after this: a host in the same data centre answers in a millisecond.
+const DIAL: Duration = Duration::from_secs(1);
+/// First rest of a host that was not reached, and the longest.
+const REST: Duration = Duration::from_millis(100);
+const REST_MAX: Duration = Duration::from_secs(2);
+/// So long without any packet, although something is outstanding: acknowledgements alone come within milliseconds.
+const DEAF: Duration = Duration::from_millis(500);
+
+type Dial = Shared<LocalBoxFuture<'static, Result<Rc<Link>, Fault>>>;
+
+/// A connection to a host.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) connection: Connection,
+    addr: SocketAddr,
+    outstanding: Cell<u32>,
+    used: Cell<Instant>,
+    heard: Cell<(u64, Instant)>,
+}
+
+/// Something is outstanding on a link for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Outstanding(Rc<Link>);
+
+impl Link {
+    /// Something is sent that will be answered.
+    pub(crate) fn outstanding(self: &Rc<Self>) -> Outstanding {
+        if self.outstanding.get() == 0 {
+            self.heard.set((self.received(), Instant::now()));
+        }
+        self.outstanding.set(self.outstanding.get() + 1);
+        Outstanding(Rc::clone(self))
+    }
+
+    fn received(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
+    fn is_alive(&self) -> bool {
+        self.connection.close_reason().is_none()
+    }
+
+    fn is_deaf(&self, now: Instant) -> bool {
+        if self.outstanding.get() == 0 {
+            return false;
+        }
+        let (received, since) = self.heard.get();
+        let newest = self.received();
+        if newest != received {
+            self.heard.set((newest, now));
+            return false;
+        }
+        now.saturating_duration_since(since) >= DEAF
+    }
+}
+
+impl Drop for Outstanding {
+    fn drop(&mut self) {
+        let link = &self.0;
+        link.outstanding.set(link.outstanding.get() - 1);
+        link.used.set(Instant::now());
+    }
+}
+
+enum Entry {
+    Open(Rc<Link>),
+    Dialling(SocketAddr, Dial),
+    Resting { until: Instant, failures: u32, fault: Fault },
+}
+
+/// One thread's connections.
+pub(crate) struct Pool {
+    identity: Identity,
+    endpoints: RefCell<[Option<Endpoint>; 2]>,
+    entries: RefCell<HashMap<HostId, Entry>>,
+    links_max: usize,
+    metrics: WorkerMetrics,
+}
+
+impl Pool {
+    /// A pool that keeps up to `links_max` connections warm.
+    pub(crate) fn new(identity: Identity, links_max: usize, metrics: WorkerMetrics) -> Self {
+        Self {
+            identity,
+            endpoints: RefCell::default(),
+            entries: RefCell::default(),
+            links_max,
+            metrics,
+        }
+    }
+
+    /// The endpoint that dials addresses of this family.
+    pub(crate) fn endpoint(&self, to: SocketAddr) -> Result<Endpoint, Fault> {
+        let mut endpoints = self.endpoints.borrow_mut();
+        let slot = &mut endpoints[usize::from(to.is_ipv6())];
+        if let Some(endpoint) = slot {
+            return Ok(endpoint.clone());
+        }
+        let v4 = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let any = if to.is_ipv6() { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { v4 };
+        Ok(slot.insert(quic::dialer(SocketAddr::new(any, 0), &self.identity)?).clone())
+    }
+
+    /// The connection to a host, if there is one.
+    #[inline]
+    pub(crate) fn open(&self, host: HostId, addr: SocketAddr) -> Option<Rc<Link>> {
+        match self.entries.borrow().get(&host) {
+            Some(Entry::Open(link)) if link.addr == addr && link.is_alive() => {
+                Some(Rc::clone(link))
+            }
+            _ => None,
+        }
+    }
+
+    /// The connection to a host, dialled if need be within `patience`.
+    pub(crate) async fn get(
+        self: &Rc<Self>,
+        host: HostId,
+        addr: SocketAddr,
+        patience: Duration,
+    ) -> Result<Rc<Link>, Fault> {
+        if let Some(link) = self.open(host, addr) {
+            return Ok(link);
+        }
+        let dial = self.dial(host, addr)?;
+        tokio::time::timeout(patience.min(DIAL), dial).await.unwrap_or_else(|_| {
+            let message =
+                format!("host {host} at {addr} was not reached in time, nothing was sent");
+            Err(Fault::new(Code::Unreachable, message))
+        })
+    }
+
+    /// A dial of the host: the one under way, or a new one.
+    fn dial(self: &Rc<Self>, host: HostId, addr: SocketAddr) -> Result<Dial, Fault> {
+        let mut entries = self.entries.borrow_mut();
+        let failures = match entries.get(&host) {
+            Some(Entry::Dialling(to, dial)) if *to == addr => return Ok(dial.clone()),
+            Some(Entry::Resting { until, fault, .. }) if Instant::now() < *until => {
+                return Err(fault.clone());
+            }
+            Some(Entry::Resting { failures, .. }) => *failures,
+            _ => 0,
+        };
+        let endpoint = self.endpoint(addr)?;
+        let pool = Rc::clone(self);
+        let dial = async move {
+            let peer = Peer::Host(host);
+            let connect = quic::connect(&endpoint, addr, &peer);
+            let dialled = tokio::time::timeout(DIAL, connect).await.unwrap_or_else(|_| {
+                let message = format!("host {host} at {addr} did not answer a dial");
+                Err(Fault::new(Code::Unreachable, message))
+            });
+            pool.dialled(host, addr, failures, dialled)
+        };
+        let dial = dial.boxed_local().shared();
+        entries.insert(host, Entry::Dialling(addr, dial.clone()));
+        // It goes on when all who wait for it have gone.
+        tokio::task::spawn_local(dial.clone());
+        Ok(dial)
+    }
+
+    fn dialled(
+        &self,
+        host: HostId,
+        addr: SocketAddr,
+        failures: u32,
+        dialled: Result<Connection, Fault>,
+    ) -> Result<Rc<Link>, Fault> {
+        let now = Instant::now();
+        let (entry, result) = match dialled {
+            Ok(connection) => {
+                let link = Rc::new(Link {
+                    connection,
+                    addr,
+                    outstanding: Cell::new(0),
+                    used: Cell::new(now),
+                    heard: Cell::new((0, now)),
+                });
+                (Entry::Open(Rc::clone(&link)), Ok(link))
+            }
+            Err(fault) => {
+                self.metrics.dials_failed.inc();
+                let rest = REST.saturating_mul(1 << failures.min(5)).min(REST_MAX);
+                let failures = failures.saturating_add(1);
+                let until = now + rest;
+                (Entry::Resting { until, failures, fault: fault.clone() }, Err(fault))
+            }
+        };
+        self.entries.borrow_mut().insert(host, entry);
+        result
+    }
+
+    /// Gives up dead connections, forgets hosts that rested, and closes what is above the bound. Called every tenth of
+    /// a second or so.
+    pub(crate) fn tend(&self, now: Instant) {
+        let mut idle = Vec::new();
+        let mut open = 0;
+        self.entries.borrow_mut().retain(|host, entry| match entry {
+            Entry::Open(link) => {
+                if link.is_deaf(now) {
+                    tracing::debug!(%host, addr = %link.addr, "host is deaf, connection given up");
+                    link.connection.close(0u32.into(), b"deaf");
+                }
+                let alive = link.is_alive();
+                open += usize::from(alive);
+                if alive && link.outstanding.get() == 0 {
+                    idle.push((link.used.get(), *host));
+                }
+                alive
+            }
+            Entry::Dialling(..) => true,
+            Entry::Resting { until, .. } => now < *until + REST_MAX,
+        });
+        self.metrics.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
+        if open > self.links_max {
+            idle.sort_unstable();
+            let mut entries = self.entries.borrow_mut();
+            for (_, host) in idle.into_iter().take(open - self.links_max) {
+                if let Some(Entry::Open(link)) = entries.remove(&host) {
+                    link.connection.close(0u32.into(), b"idle");
+                }
+            }
+        }
+    }
+
+    /// Closes all connections.
+    pub(crate) async fn close(&self) {
+        let endpoints = self.endpoints.borrow().clone();
+        for endpoint in endpoints.into_iter().flatten() {
+            endpoint.close(0u32.into(), b"stopped");
+            let _ = tokio::time::timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
+        }
+    }
+}
