@@ -1,1 +1,2 @@
+//! Being built.
 fn main() {}

@@ -176,7 +176,7 @@ fn memory_limit() {
 
 fn pids_limit() {
     let mut place = place(2);
-    let bomb = "f() { f | f & }; f; sleep 1000";
+    let bomb = "f() { f | f & }; f & exec sleep 1000";
     let running = place.claim(Program::new(["sh", "-c", bomb])).unwrap();
     for _ in 0..50 {
         let stats = wait(place.spawner.stats(running.id)).unwrap();

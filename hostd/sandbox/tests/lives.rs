@@ -104,12 +104,12 @@ fn hostd_killed_boxes_adopted() {
     let done = wait(spawner.exec([1; 16], Program::new(["hostname"]))).unwrap();
     assert_eq!(read_all(done.stdio.stdout.unwrap()), "sandbox\n");
     wait(spawner.kill([1; 16])).unwrap();
-    loop {
-        match wait(events.recv()).unwrap() {
-            Event::Exited(e) => break assert_eq!((e.id, e.status.signal), ([1; 16], Some(9))),
-            _ => {}
+    let ended = loop {
+        if let Event::Exited(e) = wait(events.recv()).unwrap() {
+            break e;
         }
-    }
+    };
+    assert_eq!((ended.id, ended.status.signal), ([1; 16], Some(9)));
     wait(spawner.shutdown(true)).unwrap();
     assert_clean(&config(hostd.dir.path()), spawner.pid());
 }

@@ -113,6 +113,8 @@ pub(crate) struct Place {
     _root: tempfile::TempDir,
     _state: tempfile::TempDir,
     next: u8,
+    /// Ends of sandboxes that nobody has asked for yet.
+    ended: Vec<Exited>,
 }
 
 /// Starts one.
@@ -128,7 +130,16 @@ pub(crate) fn place(parked: u32) -> Place {
     let Joined { spawner, events, started, .. } = Spawner::connect_or_start(&config).unwrap();
     assert!(started);
     let path = root.path().to_path_buf();
-    Place { spawner, events, config, root: path, _root: root, _state: state, next: 0 }
+    Place {
+        spawner,
+        events,
+        config,
+        root: path,
+        _root: root,
+        _state: state,
+        next: 0,
+        ended: Vec::new(),
+    }
 }
 
 impl Drop for Place {
@@ -181,13 +192,17 @@ impl Place {
 
     /// Waits for a sandbox's end and forgets it.
     pub(crate) fn exited(&mut self, id: SandboxId) -> Exited {
-        let exited = loop {
-            match wait(self.events.recv()).expect("events ended") {
-                Event::Exited(e) if e.id == id => break e,
-                Event::Gone => panic!("the spawner is gone"),
-                _ => {}
+        let early = self.ended.iter().position(|e| e.id == id).map(|at| self.ended.remove(at));
+        let exited = early.unwrap_or_else(|| {
+            loop {
+                match wait(self.events.recv()).expect("events ended") {
+                    Event::Exited(e) if e.id == id => break e,
+                    Event::Exited(e) => self.ended.push(e),
+                    Event::Gone => panic!("the spawner is gone"),
+                    _ => {}
+                }
             }
-        };
+        });
         wait(self.spawner.forget(id)).unwrap();
         exited
     }
