@@ -8,6 +8,7 @@
 mod mmsg;
 mod parts;
 mod sender;
+mod uring;
 
 use std::{
     io,
@@ -42,11 +43,16 @@ pub struct ReceiverOptions {
     pub rcvbuf_bytes: usize,
     /// How datagrams are taken.
     pub engine: Engine,
+    /// After the first datagram of a batch, wait so long for more: fewer wake-ups for a later answer.
+    pub gather: Duration,
 }
+
+/// A heartbeat may wait so long.
+const GATHER: Duration = Duration::from_micros(500);
 
 impl Default for ReceiverOptions {
     fn default() -> Self {
-        Self { reuse_port: false, rcvbuf_bytes: 8 << 20, engine: Engine::Auto }
+        Self { reuse_port: false, rcvbuf_bytes: 8 << 20, engine: Engine::Auto, gather: GATHER }
     }
 }
 
@@ -54,17 +60,23 @@ impl Default for ReceiverOptions {
 #[derive(Debug)]
 pub struct Receiver {
     socket: UdpSocket,
-    ring: mmsg::Batch,
+    ring: Ring,
     drops: parts::Drops,
     rcvbuf_bytes: usize,
-    timeout: Option<Duration>,
+    gather: Duration,
+}
+
+#[derive(Debug)]
+enum Ring {
+    IoUring(uring::Uring),
+    Recvmmsg(mmsg::Batch),
 }
 
 impl Receiver {
-    /// Binds a socket.
+    /// Binds a socket. Receive from one thread only, and drop it there: with io_uring the first one to receive owns it.
     ///
     /// # Errors
-    /// [`NetError`], by what the kernel refused. A receive buffer that is smaller than wanted is no error: see
+    /// [`NetError`], by what the kernel refused: io_uring itself only if it was named. A receive buffer that is smaller than wanted is no error: see
     /// [`Receiver::rcvbuf_bytes`].
     pub fn bind(addr: SocketAddr, options: &ReceiverOptions) -> Result<Self, NetError> {
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))
@@ -75,12 +87,25 @@ impl Receiver {
         socket.bind(&addr.into()).map_err(|error| NetError::bind(addr, error))?;
         let rcvbuf_bytes = set_receive_buffer(&socket, options.rcvbuf_bytes);
         parts::count_drops(&socket).map_err(|error| NetError::Socket("SO_RXQ_OVFL", error))?;
+        let ring = match options.engine {
+            Engine::Recvmmsg => Ring::Recvmmsg(mmsg::Batch::new()),
+            Engine::IoUring => Ring::IoUring(
+                uring::Uring::new().map_err(|error| NetError::Socket("io_uring", error))?,
+            ),
+            Engine::Auto => match uring::Uring::new() {
+                Ok(ring) => Ring::IoUring(ring),
+                Err(error) => {
+                    tracing::warn!(%error, "no io_uring here: datagrams are received with recvmmsg");
+                    Ring::Recvmmsg(mmsg::Batch::new())
+                }
+            },
+        };
         Ok(Self {
             socket: socket.into(),
-            ring: mmsg::Batch::new(),
+            ring,
             drops: parts::Drops::default(),
             rcvbuf_bytes,
-            timeout: None,
+            gather: options.gather,
         })
     }
 
@@ -95,12 +120,11 @@ impl Receiver {
         each: impl FnMut(&[u8], SocketAddr),
     ) -> io::Result<usize> {
         // The kernel takes zero for "for ever".
-        let timeout = timeout.max(Duration::from_micros(1));
-        if self.timeout != Some(timeout) {
-            self.socket.set_read_timeout(Some(timeout))?;
-            self.timeout = Some(timeout);
+        let times = (timeout.max(Duration::from_micros(1)), self.gather);
+        match &mut self.ring {
+            Ring::IoUring(ring) => ring.recv(&self.socket, times, &mut self.drops, each),
+            Ring::Recvmmsg(batch) => batch.recv(&self.socket, times, &mut self.drops, each),
         }
-        self.ring.recv(&self.socket, &mut self.drops, each)
     }
 
     /// Where it is bound.
@@ -126,7 +150,10 @@ impl Receiver {
     /// The engine in use; never [`Engine::Auto`].
     #[must_use]
     pub fn engine(&self) -> Engine {
-        Engine::Recvmmsg
+        match self.ring {
+            Ring::IoUring(_) => Engine::IoUring,
+            Ring::Recvmmsg(_) => Engine::Recvmmsg,
+        }
     }
 
     /// A sender from the same port.

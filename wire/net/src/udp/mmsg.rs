@@ -1,10 +1,11 @@
 //! The portable engine: `recvmmsg`, a batch a system call.
 
 use std::{
-    fmt, io,
+    fmt, io, mem,
     net::{SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
-    ptr,
+    ptr, thread,
+    time::Duration,
 };
 
 use super::parts::{CONTROL_BYTES, Drops, NAME_BYTES, SLOT_BYTES, address};
@@ -25,6 +26,9 @@ pub(super) struct Batch {
     slots: Box<[Slot]>,
     _vectors: Box<[libc::iovec]>,
     heads: Box<[libc::mmsghdr]>,
+    timeout: Option<Duration>,
+    /// The last turn took what there was, so that the next may gather first.
+    drained: bool,
 }
 
 // SAFETY: the pointers lead only into boxes that this value owns alone, so they move with it between threads.
@@ -61,15 +65,23 @@ impl Batch {
             msg_len: 0,
         });
         let heads = heads.collect();
-        Self { slots, _vectors: vectors, heads }
+        Self { slots, _vectors: vectors, heads, timeout: None, drained: false }
     }
 
     pub(super) fn recv(
         &mut self,
         socket: &UdpSocket,
+        (timeout, gather): (Duration, Duration),
         drops: &mut Drops,
         mut each: impl FnMut(&[u8], SocketAddr),
     ) -> io::Result<usize> {
+        if self.timeout != Some(timeout) {
+            socket.set_read_timeout(Some(timeout))?;
+            self.timeout = Some(timeout);
+        }
+        if mem::take(&mut self.drained) && !gather.is_zero() {
+            thread::sleep(gather);
+        }
         for head in &mut self.heads {
             #[expect(clippy::cast_possible_truncation, reason = "28")]
             let name_len = NAME_BYTES as libc::socklen_t;
@@ -91,6 +103,7 @@ impl Batch {
                 _ => Err(error),
             };
         };
+        self.drained = got < BATCH / 2;
         for (head, slot) in self.heads.iter().zip(&self.slots).take(got) {
             let control_len = head.msg_hdr.msg_controllen.min(CONTROL_BYTES);
             drops.note(&slot.control[..control_len]);
