@@ -7,6 +7,7 @@
 //!
 //! Any binary that starts a spawner calls [`main_if_asked`] first thing in `main`.
 
+pub mod bench;
 mod cgroup;
 mod client;
 mod error;

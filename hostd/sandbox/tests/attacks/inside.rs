@@ -199,7 +199,7 @@ fn mounts() {
     clone3[0] = u64::from(libc::CLONE_NEWUSER.unsigned_abs());
     let args = [clone3.as_mut_ptr() as usize, 88, 0, 0, 0, 0];
     refused("clone3", call(libc::SYS_clone3, args));
-    let ns = File::open("/proc/self/ns/user").map(|f| std::os::fd::IntoRawFd::into_raw_fd(f));
+    let ns = File::open("/proc/self/ns/user").map(std::os::fd::IntoRawFd::into_raw_fd);
     let ns = usize::try_from(ns.unwrap_or(99)).unwrap();
     refused("setns", call(libc::SYS_setns, [ns, 0, 0, 0, 0, 0]));
     // SAFETY: closes a descriptor that only this function knows.
@@ -239,7 +239,7 @@ fn calls() {
     ] {
         refused(name, call(number, args));
     }
-    refused("TIOCSTI", call(libc::SYS_ioctl, [0, libc::TIOCSTI as usize, p, 0, 0, 0]));
+    refused("TIOCSTI", call(libc::SYS_ioctl, [0, 0x5412, p, 0, 0, 0]));
 }
 
 /// I4: processes of the host and of this box's init.
@@ -282,7 +282,7 @@ fn devices() {
     door("/dev/null is the null device", real, null.rdev());
     for (name, result) in [
         ("unlink /dev/null", fs::remove_file("/dev/null")),
-        ("chmod /dev/null", fs::set_permissions("/dev/null", fs::Permissions::from_mode(0))),
+        ("chmod /dev/null", fs::set_permissions("/dev/null", fs::Permissions::from_mode(0o000))),
         ("make /dev/x", fs::write("/dev/x", "")),
         ("rename /dev/null", fs::rename("/dev/null", "/dev/zero2")),
     ] {
