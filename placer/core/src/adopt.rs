@@ -12,8 +12,8 @@ use crate::{
     reserved::Reserved,
     sync::{Cell, Ordering, Words},
     table::{
-        ADOPTING_AT, CapacityTable, EPOCH_AT, LEN_AT, LIVE_AT, VACANT, VERSION_AT, is_unheard,
-        is_vacant, unheard,
+        ADOPTING_AT, CapacityTable, EPOCH_AT, LEN_AT, LIVE_AT, RESERVED, VACANT, VERSION_AT, WORD,
+        is_unheard, is_vacant, unheard,
     },
 };
 
@@ -53,7 +53,7 @@ impl Adopter {
         let parts = table.parts();
         let len = table.len();
         let vacant = |slot: &u32| {
-            is_vacant(CapacityWord(parts.slots[*slot as usize][0].load(Ordering::Acquire)))
+            is_vacant(CapacityWord(parts.slots[*slot as usize][WORD].load(Ordering::Acquire)))
         };
         let holes: Vec<u32> = slots(len).filter(vacant).collect();
         let adopter = Self { live: (len - holes.len()) as u64, len, holes };
@@ -167,10 +167,10 @@ impl Adopter {
         bigger.parts().header[ADOPTING_AT].store(1, Ordering::Relaxed);
         for slot in 0..table.len() {
             if let Some((host, word)) = table.at(slot) {
-                let penalty = Reserved(table.parts().slots[slot][1].load(Ordering::Relaxed));
+                let penalty = Reserved(table.parts().slots[slot][RESERVED].load(Ordering::Relaxed));
                 let heard = (!is_unheard(word)).then_some(word);
                 let at = adopter.assign(bigger, host, heard);
-                let cell = &bigger.parts().slots[at as usize][1];
+                let cell = &bigger.parts().slots[at as usize][RESERVED];
                 CapacityTable::<V>::change_reserved(cell, |new| {
                     Some(new.with_penalty(penalty.penalty()))
                 });
@@ -203,12 +203,12 @@ impl Adopter {
             u32::try_from(self.len - 1).unwrap_or(u32::MAX)
         });
         let parts = table.parts();
-        let [word, reserved] = &parts.slots[slot as usize];
+        let [word, reserved, id, _] = &parts.slots[slot as usize];
         // Another generation: reservations of the slot's last host are not taken off this one's count.
         CapacityTable::<W>::change_reserved(reserved, |old| {
             Some(Reserved::empty(old.generation().wrapping_add(1) & 0xfff))
         });
-        parts.ids[slot as usize].store(host.0, Ordering::Relaxed);
+        id.store(host.0, Ordering::Relaxed);
         // Release: whoever sees this word (or one that was made of it) sees the id above.
         word.store(heard.map_or(unheard(host), |word| word.0), Ordering::Release);
         if parts.index.insert(host, slot) == Err(Crowded) {
@@ -225,7 +225,7 @@ impl Adopter {
     fn vacate<W: Words>(&mut self, table: &CapacityTable<W>, host: HostId, slot: u32) {
         let parts = table.parts();
         parts.index.remove(host, slot);
-        let [word, _] = &parts.slots[slot as usize];
+        let word = &parts.slots[slot as usize][WORD];
         let mut old = word.load(Ordering::Relaxed);
         // An exchange, not a store: a feed that saw the host a moment ago fails and finds the slot vacant.
         while let Err(found) = word.exchange(old, VACANT, Ordering::AcqRel, Ordering::Relaxed) {

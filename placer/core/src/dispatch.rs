@@ -15,11 +15,12 @@
 
 use std::collections::VecDeque;
 
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
 use wire::{CapacityWord, Code, HostId, limits::ATTEMPTS_MAX};
 
-use crate::{Micros, select::Select};
+use crate::{
+    Micros,
+    select::{Picker, Select},
+};
 
 /// Microseconds between two calls of [`crate::CapacityTable::decay`].
 pub const DECAY_US: Micros = 10_000_000;
@@ -105,7 +106,7 @@ pub(crate) enum Verdict {
 pub struct Dispatch {
     /// How launches are carried out.
     pub policy: Policy,
-    pub(crate) rng: SmallRng,
+    pub(crate) picker: Picker,
     tokens: u64, // In units of 1 / launches_a_retry of a retry.
     usual_us: f64,
     failing: f64,
@@ -120,7 +121,7 @@ impl Dispatch {
         let tokens = u64::from(policy.retry_burst) * u64::from(policy.launches_a_retry);
         Self {
             policy,
-            rng: SmallRng::seed_from_u64(seed),
+            picker: Picker::new(policy.select, seed),
             tokens,
             usual_us: 0.0,
             failing: 0.0,
@@ -129,9 +130,9 @@ impl Dispatch {
         }
     }
 
-    /// The generator that picks use.
-    pub const fn rng(&mut self) -> &mut SmallRng {
-        &mut self.rng
+    /// The thread's picker, for batches.
+    pub const fn picker(&mut self) -> &mut Picker {
+        &mut self.picker
     }
 
     /// The next report to send.

@@ -6,7 +6,10 @@
 
 use wire::HostId;
 
-use crate::sync::{Cell, Ordering};
+use crate::{
+    sync::{Cell, Ordering},
+    table::{INDEX, Slot},
+};
 
 const ENTRY_BITS: u32 = 32;
 const SLOT_BITS: u32 = 22;
@@ -20,7 +23,7 @@ const _: () = assert!(wire::limits::HOSTS_MAX + 1 < SLOT_MASK as usize);
 
 /// The index part of a table's words.
 pub(crate) struct Index<'a, C> {
-    pub(crate) words: &'a [C],
+    pub(crate) slots: &'a [Slot<C>],
 }
 
 /// No room within [`PROBE_MAX`] words.
@@ -44,13 +47,13 @@ const fn halves(word: u64) -> [u32; 2] {
 impl<C: Cell> Index<'_, C> {
     #[expect(clippy::cast_possible_truncation, reason = "below the number of words")]
     fn home(&self, hash: u64) -> usize {
-        ((u128::from(hash) * self.words.len() as u128) >> 64) as usize
+        ((u128::from(hash) * self.slots.len() as u128) >> 64) as usize
     }
 
     fn probes(&self, hash: u64) -> impl Iterator<Item = &C> {
         let home = self.home(hash);
-        let (before, from) = self.words.split_at(home.min(self.words.len()));
-        from.iter().chain(before).take(PROBE_MAX)
+        let (before, from) = self.slots.split_at(home.min(self.slots.len()));
+        from.iter().chain(before).take(PROBE_MAX).map(|slot| &slot[INDEX])
     }
 
     /// The slot of a host; `is` says whether a slot is that host's.
@@ -101,7 +104,7 @@ impl<C: Cell> Index<'_, C> {
 
     /// Empties it.
     pub(crate) fn clear(&self) {
-        self.words.iter().for_each(|cell| cell.store(0, Ordering::Relaxed));
+        self.slots.iter().for_each(|slot| slot[INDEX].store(0, Ordering::Relaxed));
     }
 
     fn write(cell: &C, word: u64, at: usize, half: u32) {

@@ -307,7 +307,7 @@ impl Launch {
         let other = other.and_then(|slot| select.pick_other(table, slot, self.shape, excluded));
         let pick = match other {
             Some(picked) => Pick::Picked(picked),
-            None => select.pick(table, &mut dispatch.rng, self.shape, excluded),
+            None => dispatch.picker.pick(table, self.shape, excluded),
         };
         match pick {
             Pick::Picked(picked) => self.hold(now, picked),

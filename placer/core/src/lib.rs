@@ -6,13 +6,14 @@
 //!
 //! Left out: sockets, files and clocks. The daemon maps the files and hands in slices; `DESIGN.md` says how they
 //! fit together and why the lock-free parts are right.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod adopt;
 pub mod dispatch;
 pub mod index;
 pub mod launch;
 pub mod map;
+mod prefetch;
 pub mod publish;
 pub mod reserved;
 pub mod select;
@@ -27,5 +28,5 @@ pub use dispatch::{Dispatch, Policy, Report};
 pub use launch::{Launch, Outcome, Step};
 pub use map::MapView;
 pub use publish::{Published, Reader};
-pub use select::{Pick, Picked, Select};
+pub use select::{Pick, Picked, Picker, Select};
 pub use table::{CapacityTable, Reservation, TableError};

@@ -5,16 +5,17 @@
 //! number of times; then a window of neighbouring slots is read once in order, which finds room that random draws
 //! would miss in a full or a small fleet. Nothing here locks, allocates or enters the kernel.
 //!
-//! A batch draws all its candidates first and reads their words in one loop: the misses overlap, since no load
-//! waits for another. That is prefetch without an intrinsic, and without `unsafe`.
+//! A [`Picker`] draws its candidates some picks ahead and asks for their cache lines then, so that a pick seldom waits for
+//! memory. A batch reads all its candidates before it reserves the first.
 
-use rand::RngCore;
+use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use wire::{CapacityWord, HostId, ShapeId, limits::CHOICES_MAX};
 
 use crate::{
+    prefetch::prefetch,
     reserved::Reserved,
     sync::{Cell, Ordering, Words},
-    table::{CapacityTable, Reservation, is_unheard, is_vacant},
+    table::{CapacityTable, ID, Reservation, WORD, is_unheard, is_vacant},
 };
 
 /// Draws of `k` candidates before the window is read.
@@ -23,8 +24,9 @@ pub const ROUNDS_MAX: usize = 8;
 /// Slots of that window.
 pub const WINDOW_SLOTS: usize = 512;
 
-/// Picks of a batch whose misses overlap.
-pub const BATCH: usize = 16;
+/// Picks that a [`Picker`] draws ahead: enough to hide memory behind the picks between, few enough to stay in the
+/// nearest cache (two lines each).
+pub const AHEAD: usize = 16;
 
 /// What a pick found.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,9 +42,7 @@ pub enum Pick {
 /// A host that was picked.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Picked {
-    /// Who. [`crate::MapView::addr_of`] says where.
-    pub host: HostId,
-    /// The slot that is held for the launch.
+    /// Who, and the slot that is held for the launch. [`crate::MapView::addr_of`] says where.
     pub reservation: Reservation,
     /// The candidate that came second: its slot. [`Select::pick_other`] tries it.
     pub other: Option<u32>,
@@ -67,6 +67,13 @@ struct Candidate {
     slot: u32,
     room: u16,
     reserved: Reserved,
+    host: HostId,
+}
+
+impl Candidate {
+    const fn nobody(slot: u32) -> Self {
+        Self { slot, room: 0, reserved: Reserved(0), host: HostId(0) }
+    }
 }
 
 /// Room of a slot for a shape, as far as is known.
@@ -112,7 +119,7 @@ fn draw(rng: &mut impl RngCore, len: u32, choices: usize) -> ([u32; CHOICES_MAX]
 }
 
 impl Select {
-    /// Picks a host for a launch of `shape`, never one of `excluded`.
+    /// Picks a host for a launch of `shape`, never one of `excluded`. A [`Picker`] is quicker.
     #[inline]
     pub fn pick<W: Words>(
         self,
@@ -124,8 +131,7 @@ impl Select {
         let len = length(table);
         if self.choices == 2 && excluded.is_empty() && len >= 2 {
             let drawn = draw_two(rng.next_u64(), len);
-            let read = drawn.map(|slot| read(table, slot, shape));
-            if let Some(picked) = choose(table, &read, rng, shape) {
+            if let Some(picked) = choose_of_two(table, drawn, rng, shape) {
                 return Pick::Picked(picked);
             }
         }
@@ -147,41 +153,6 @@ impl Select {
         (candidate.room > 0).then(|| reserve(table, candidate, shape)).flatten()
     }
 
-    /// Picks a host for each of `shapes`, which no host has been tried for yet. `out` is overwritten.
-    ///
-    /// # Panics
-    /// If `out` is not as long as `shapes`.
-    pub fn pick_batch<W: Words>(
-        self,
-        table: &CapacityTable<W>,
-        rng: &mut impl RngCore,
-        shapes: &[ShapeId],
-        out: &mut [Pick],
-    ) {
-        assert_eq!(shapes.len(), out.len(), "one pick a shape");
-        let len = length(table);
-        if self.choices != 2 || len < 2 {
-            for (shape, out) in shapes.iter().zip(out) {
-                *out = self.pick_slowly(table, rng, *shape, &[]);
-            }
-            return;
-        }
-        for (shapes, out) in shapes.chunks(BATCH).zip(out.chunks_mut(BATCH)) {
-            let nobody = Candidate { slot: 0, room: 0, reserved: Reserved(0) };
-            let mut candidates = [[nobody; 2]; BATCH];
-            for (pair, shape) in candidates.iter_mut().zip(shapes) {
-                let drawn = draw_two(rng.next_u64(), len);
-                *pair = drawn.map(|slot| read(table, slot, *shape));
-            }
-            for ((pair, shape), out) in candidates.iter().zip(shapes).zip(out) {
-                *out = match choose(table, pair, rng, *shape) {
-                    Some(picked) => Pick::Picked(picked),
-                    None => self.pick_slowly(table, rng, *shape, &[]),
-                };
-            }
-        }
-    }
-
     #[cold]
     fn pick_slowly<W: Words>(
         self,
@@ -196,7 +167,7 @@ impl Select {
         }
         for _ in 0..ROUNDS_MAX {
             let (drawn, count) = draw(rng, len, self.choices);
-            let mut read = drawn.map(|slot| Candidate { slot, room: 0, reserved: Reserved(0) });
+            let mut read = drawn.map(Candidate::nobody);
             for candidate in &mut read[..count] {
                 *candidate = self::read(table, candidate.slot, shape);
                 if is_excluded(table, candidate.slot, excluded) {
@@ -211,6 +182,99 @@ impl Select {
     }
 }
 
+/// One thread's way of picking: a generator and the candidates of its next picks.
+#[derive(Clone, Debug)]
+pub struct Picker {
+    /// How picks are made.
+    pub select: Select,
+    rng: SmallRng,
+    ahead: [[u32; 2]; AHEAD],
+    at: usize,
+}
+
+impl Picker {
+    /// A picker with the seed of its choices.
+    #[must_use]
+    pub fn new(select: Select, seed: u64) -> Self {
+        // Slots beyond any table: drawn anew when their turn comes.
+        Self { select, rng: SmallRng::seed_from_u64(seed), ahead: [[u32::MAX; 2]; AHEAD], at: 0 }
+    }
+
+    /// The generator.
+    pub const fn rng(&mut self) -> &mut SmallRng {
+        &mut self.rng
+    }
+
+    /// Picks a host for a launch of `shape`, never one of `excluded`.
+    #[inline]
+    pub fn pick<W: Words>(
+        &mut self,
+        table: &CapacityTable<W>,
+        shape: ShapeId,
+        excluded: &[HostId],
+    ) -> Pick {
+        let len = length(table);
+        if self.select.choices == 2 && excluded.is_empty() && len >= 2 {
+            let drawn = self.draw_ahead(table, len);
+            if let Some(picked) = choose_of_two(table, drawn, &mut self.rng, shape) {
+                return Pick::Picked(picked);
+            }
+        }
+        self.select.pick_slowly(table, &mut self.rng, shape, excluded)
+    }
+
+    /// Picks a host for each of `shapes`, none of which has been tried anywhere. `out` is overwritten.
+    ///
+    /// # Panics
+    /// If `out` is not as long as `shapes`.
+    pub fn pick_batch<W: Words>(
+        &mut self,
+        table: &CapacityTable<W>,
+        shapes: &[ShapeId],
+        out: &mut [Pick],
+    ) {
+        assert_eq!(shapes.len(), out.len(), "one pick a shape");
+        let len = length(table);
+        if self.select.choices != 2 || len < 2 {
+            for (shape, out) in shapes.iter().zip(out) {
+                *out = self.pick(table, *shape, &[]);
+            }
+            return;
+        }
+        for (shapes, out) in shapes.chunks(AHEAD).zip(out.chunks_mut(AHEAD)) {
+            // All reads, then all exchanges: an exchange waits for the reads before it, and reads for the exchange.
+            let mut best = [(Candidate::nobody(0), 0); AHEAD];
+            for (best, shape) in best.iter_mut().zip(shapes) {
+                let pair = self.draw_ahead(table, len).map(|slot| read(table, slot, *shape));
+                let second = usize::from(pair[1].room > pair[0].room);
+                *best = (pair[second], pair[1 - second].slot);
+            }
+            for (((best, other), shape), out) in best.into_iter().zip(shapes).zip(out) {
+                let ordinary = best.room > 0 && best.reserved.penalty() == 0;
+                let picked = if ordinary { reserve(table, best, *shape) } else { None };
+                *out = match picked {
+                    Some(picked) => Pick::Picked(Picked { other: Some(other), ..picked }),
+                    None => self.pick(table, *shape, &[]),
+                };
+            }
+        }
+    }
+
+    /// Takes the candidates that were drawn [`AHEAD`] picks ago, and draws others in their place.
+    #[inline]
+    fn draw_ahead<W: Words>(&mut self, table: &CapacityTable<W>, len: u32) -> [u32; 2] {
+        let next = draw_two(self.rng.next_u64(), len);
+        let slots = table.parts().slots;
+        for slot in next {
+            prefetch(&slots[slot as usize]);
+        }
+        let drawn = std::mem::replace(&mut self.ahead[self.at % AHEAD], next);
+        self.at = self.at.wrapping_add(1);
+        // Drawn from a longer table, or never. A table that has grown since is none the worse for 16 picks.
+        if drawn[0].max(drawn[1]) < len { drawn } else { draw_two(self.rng.next_u64(), len) }
+    }
+}
+
 #[inline]
 #[expect(clippy::cast_possible_truncation, reason = "at most HOSTS_MAX")]
 fn length<W: Words>(table: &CapacityTable<W>) -> u32 {
@@ -218,17 +282,19 @@ fn length<W: Words>(table: &CapacityTable<W>) -> u32 {
 }
 
 /// Reads a slot. The reserved word is read first, with acquire: if a reservation is seen to be gone, the capacity word
-/// that took its place is seen too (see [`CapacityTable::settle`]).
+/// that took its place is seen too (see [`CapacityTable::settle`]). The id is read after it and before the exchange in
+/// [`reserve`]: a slot that changes hands in between has another generation, and the exchange fails.
 #[inline]
 fn read<W: Words>(table: &CapacityTable<W>, slot: u32, shape: ShapeId) -> Candidate {
-    let [word, reserved] = &table.parts().slots[slot as usize];
+    let [word, reserved, id, _] = &table.parts().slots[slot as usize];
     let reserved = Reserved(reserved.load(Ordering::Acquire));
     let word = CapacityWord(word.load(Ordering::Acquire));
-    Candidate { slot, room: room(word, reserved, shape), reserved }
+    let host = HostId(id.load(Ordering::Relaxed));
+    Candidate { slot, room: room(word, reserved, shape), reserved, host }
 }
 
 fn is_excluded<W: Words>(table: &CapacityTable<W>, slot: u32, excluded: &[HostId]) -> bool {
-    let id = HostId(table.parts().ids[slot as usize].load(Ordering::Relaxed));
+    let id = HostId(table.parts().slots[slot as usize][ID].load(Ordering::Relaxed));
     excluded.contains(&id)
 }
 
@@ -237,6 +303,29 @@ fn is_excluded<W: Words>(table: &CapacityTable<W>, slot: u32, excluded: &[HostId
 fn considered(reserved: Reserved, rng: &mut impl RngCore) -> bool {
     let penalty = reserved.penalty();
     penalty == 0 || rng.next_u32().trailing_zeros() >= u32::from(penalty)
+}
+
+/// The ordinary case: one of two has room and a good name. No branch depends on which.
+#[inline]
+fn choose_of_two<W: Words>(
+    table: &CapacityTable<W>,
+    drawn: [u32; 2],
+    rng: &mut impl RngCore,
+    shape: ShapeId,
+) -> Option<Picked> {
+    let pair = drawn.map(|slot| read(table, slot, shape));
+    let second = usize::from(pair[1].room > pair[0].room);
+    let (best, other) = (pair[second], pair[1 - second]);
+    if best.room == 0 {
+        return None;
+    }
+    if best.reserved.penalty() > 0 {
+        return choose(table, &pair, rng, shape);
+    }
+    match reserve(table, best, shape) {
+        Some(picked) => Some(Picked { other: Some(other.slot), ..picked }),
+        None => choose(table, &pair, rng, shape),
+    }
 }
 
 /// Reserves on the best candidate, then on the others.
@@ -271,21 +360,21 @@ fn reserve<W: Words>(
     shape: ShapeId,
 ) -> Option<Picked> {
     let parts = table.parts();
-    let [word, cell] = &parts.slots[candidate.slot as usize];
-    let mut old = candidate.reserved;
+    let [word, cell, id, _] = &parts.slots[candidate.slot as usize];
+    let (mut old, mut host) = (candidate.reserved, candidate.host);
     // Bounded, so that a reader makes progress whatever others do: each failure but a spurious one means that another
     // placer took a slot here, and then this host is no better than the next.
     for _ in 0..RESERVE_TRIES_MAX {
         // Relaxed on success: the count publishes nothing. Acquire on failure: as in `read`.
         match cell.exchange(old.0, old.plus(shape).0, Ordering::Acquire, Ordering::Acquire) {
             Ok(_) => {
-                let host = HostId(parts.ids[candidate.slot as usize].load(Ordering::Relaxed));
                 let reservation = table.reservation(host, candidate.slot, shape, old);
-                return Some(Picked { host, reservation, other: None });
+                return Some(Picked { reservation, other: None });
             }
             Err(found) => {
                 old = Reserved(found);
                 let word = CapacityWord(word.load(Ordering::Acquire));
+                host = HostId(id.load(Ordering::Relaxed));
                 if room(word, old, shape) == 0 {
                     return None;
                 }
@@ -316,7 +405,7 @@ fn pick_in_window<W: Words>(
     for _ in 0..window {
         let here = slot;
         slot = if slot + 1 == len { 0 } else { slot + 1 };
-        let word = CapacityWord(parts.slots[here as usize][0].load(Ordering::Relaxed));
+        let word = CapacityWord(parts.slots[here as usize][WORD].load(Ordering::Relaxed));
         if is_vacant(word) || is_unheard(word) || is_excluded(table, here, excluded) {
             anybody |= !is_vacant(word);
             continue;

@@ -1,10 +1,10 @@
 //! The capacity table: what is free on each host, in words that every placer of the machine shares.
 //!
 //! ```text
-//! header, 32 words | slots: (capacity word, reserved word) ... | ids ... | index ...     32 bytes a host
+//! header, 32 words | slots: (capacity word, reserved word, host id, a word of the index) ...     32 bytes a host
 //! ```
 //! A host has a dense slot for as long as it is in the map, so that picks are uniform over slots and a new map moves
-//! nobody. The two words of a slot share a cache line: a candidate costs one miss. A word is *vacant* (nobody's slot),
+//! nobody. All that a pick needs of a candidate is in one cache line: one miss. A word is *vacant* (nobody's slot),
 //! *unheard* (a host without news yet) or *heard*; only an adopter ([`crate::adopt`]) makes slots vacant or
 //! unheard, and any thread may hear. See `DESIGN.md` for why each ordering is enough.
 //!
@@ -30,7 +30,8 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"VLYCAP\0\x01");
 /// Words before the slots.
 pub const HEADER_WORDS: usize = 32;
 
-/// Words a slot takes: two for itself, one for its id, one of the index (two entries, so half load).
+/// Words a slot takes. The fourth is a word of the index (two entries, so half load), which has nothing to do with the
+/// slot; it lies there because three words would straddle cache lines.
 pub const SLOT_WORDS: usize = 4;
 
 /// Heartbeats after which reservations that nobody took off are forgotten: their placer crashed. At 15 s a beat
@@ -82,16 +83,22 @@ pub struct Reservation {
     /// The shape.
     pub shape: ShapeId,
     generation: u16,
-    table: u64,
+    table: u8, // Low bits of its generation: tells tables apart while a launch lasts.
 }
 
 /// Where the parts of a table lie.
 pub(crate) struct Parts<'a, C> {
     pub(crate) header: &'a [C],
-    pub(crate) slots: &'a [[C; 2]],
-    pub(crate) ids: &'a [C],
+    pub(crate) slots: &'a [Slot<C>],
     pub(crate) index: Index<'a, C>,
 }
+
+/// Capacity word, reserved word, host id, a word of the index.
+pub(crate) type Slot<C> = [C; SLOT_WORDS];
+pub(crate) const WORD: usize = 0;
+pub(crate) const RESERVED: usize = 1;
+pub(crate) const ID: usize = 2;
+pub(crate) const INDEX: usize = 3;
 
 /// Words of a table for so many hosts.
 #[must_use]
@@ -166,10 +173,8 @@ impl<W: Words> CapacityTable<W> {
     #[inline]
     pub(crate) fn parts(&self) -> Parts<'_, W::Cell> {
         let (header, rest) = self.words.words().split_at(HEADER_WORDS);
-        let (slots, rest) = rest.split_at(2 * self.capacity);
-        let (ids, rest) = rest.split_at(self.capacity);
-        let index = Index { words: &rest[..self.capacity] };
-        Parts { header, slots: slots.as_chunks().0, ids, index }
+        let slots = &rest.as_chunks().0[..self.capacity];
+        Parts { header, slots, index: Index { slots } }
     }
 
     /// Hosts that it can hold.
@@ -231,7 +236,8 @@ impl<W: Words> CapacityTable<W> {
     pub fn slot_of(&self, host: HostId) -> Option<u32> {
         let parts = self.parts();
         parts.index.find(host, |slot| {
-            parts.ids.get(slot as usize).is_some_and(|id| id.load(Ordering::Relaxed) == host.0)
+            let slot = parts.slots.get(slot as usize);
+            slot.is_some_and(|slot| slot[ID].load(Ordering::Relaxed) == host.0)
         })
     }
 
@@ -239,7 +245,7 @@ impl<W: Words> CapacityTable<W> {
     #[must_use]
     pub fn get(&self, host: HostId) -> Option<(Option<CapacityWord>, Reserved)> {
         let parts = self.parts();
-        let [word, reserved] = &parts.slots[self.slot_of(host)? as usize];
+        let [word, reserved, ..] = &parts.slots[self.slot_of(host)? as usize];
         let word = CapacityWord(word.load(Ordering::Acquire));
         let heard = !is_unheard(word) && !is_vacant(word);
         Some((heard.then_some(word), Reserved(reserved.load(Ordering::Relaxed))))
@@ -249,8 +255,9 @@ impl<W: Words> CapacityTable<W> {
     #[must_use]
     pub fn at(&self, slot: usize) -> Option<(HostId, CapacityWord)> {
         let parts = self.parts();
-        let word = CapacityWord(parts.slots.get(slot)?[0].load(Ordering::Acquire));
-        (!is_vacant(word)).then(|| (HostId(parts.ids[slot].load(Ordering::Relaxed)), word))
+        let [word, _, id, _] = parts.slots.get(slot)?;
+        let word = CapacityWord(word.load(Ordering::Acquire));
+        (!is_vacant(word)).then(|| (HostId(id.load(Ordering::Relaxed)), word))
     }
 
     /// A word from the feed. The newer stamp wins (PROTOCOL 4.2); says whether the word was taken.
@@ -285,13 +292,13 @@ impl<W: Words> CapacityTable<W> {
         newer: impl Fn(Option<CapacityWord>) -> Option<CapacityWord>,
     ) -> bool {
         let parts = self.parts();
-        let Some([cell, reserved]) = parts.slots.get(slot as usize) else { return false };
+        let Some([cell, reserved, id, _]) = parts.slots.get(slot as usize) else { return false };
         // Acquire: pairs with the release by which the adopter published this slot's id.
         let mut old = CapacityWord(cell.load(Ordering::Acquire));
         let new = loop {
             // The id is read after the word: if the slot changes hands in between, the exchange fails, since a hand-over
             // passes through vacant and no two hosts of one slot have the same unheard word.
-            if is_vacant(old) || parts.ids[slot as usize].load(Ordering::Relaxed) != host.0 {
+            if is_vacant(old) || id.load(Ordering::Relaxed) != host.0 {
                 return false;
             }
             let Some(new) = newer((!is_unheard(old)).then_some(old)) else { return false };
@@ -337,6 +344,11 @@ impl<W: Words> CapacityTable<W> {
         }
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "the low bits")]
+    const fn tag(&self) -> u8 {
+        self.generation as u8
+    }
+
     #[inline]
     pub(crate) const fn reservation(
         &self,
@@ -346,12 +358,12 @@ impl<W: Words> CapacityTable<W> {
         reserved: Reserved,
     ) -> Reservation {
         let generation = reserved.generation();
-        Reservation { host, slot, shape, generation, table: self.generation }
+        Reservation { host, slot, shape, generation, table: self.tag() }
     }
 
     /// The slot of a reservation's host, in this table.
     fn place(&self, reservation: &Reservation) -> Option<u32> {
-        if reservation.table == self.generation {
+        if reservation.table == self.tag() {
             return Some(reservation.slot); // Its id is checked where the slot is used.
         }
         self.slot_of(reservation.host)
@@ -360,11 +372,12 @@ impl<W: Words> CapacityTable<W> {
     /// The launch did not start, and the host said nothing of its capacity.
     #[expect(clippy::needless_pass_by_value, reason = "a reservation is given back once")]
     pub fn release(&self, reservation: Reservation) {
-        if reservation.table != self.generation {
+        if reservation.table != self.tag() {
             return; // A table that was grown since began with nothing reserved.
         }
-        let Some([_, cell]) = self.parts().slots.get(reservation.slot as usize) else { return };
-        Self::change_reserved(cell, |old| {
+        let parts = self.parts();
+        let Some(slot) = parts.slots.get(reservation.slot as usize) else { return };
+        Self::change_reserved(&slot[RESERVED], |old| {
             (old.generation() == reservation.generation).then(|| old.minus(reservation.shape))
         });
     }
@@ -411,11 +424,13 @@ impl<W: Words> CapacityTable<W> {
 
     fn change_penalty(&self, on: &Reservation, change: impl Fn(u8) -> u8) {
         let parts = self.parts();
-        let Some(slot) = self.place(on).map(|slot| slot as usize) else { return };
-        if parts.ids.get(slot).is_none_or(|id| id.load(Ordering::Relaxed) != on.host.0) {
+        let Some(slot) = self.place(on).and_then(|slot| parts.slots.get(slot as usize)) else {
+            return;
+        };
+        if slot[ID].load(Ordering::Relaxed) != on.host.0 {
             return; // The slot is another host's by now.
         }
-        Self::change_reserved(&parts.slots[slot][1], |old| {
+        Self::change_reserved(&slot[RESERVED], |old| {
             let penalty = change(old.penalty());
             (penalty != old.penalty()).then(|| old.with_penalty(penalty))
         });
@@ -431,7 +446,7 @@ impl<W: Words> CapacityTable<W> {
         if last == tick || claim.is_err() {
             return false;
         }
-        for [_, cell] in &parts.slots[..self.len()] {
+        for [_, cell, ..] in &parts.slots[..self.len()] {
             Self::change_reserved(cell, |old| {
                 let penalty = old.penalty();
                 (penalty > 0).then(|| old.with_penalty(penalty - 1))

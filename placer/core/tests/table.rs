@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing fails")]
 
 use placer_core::{
-    Adopter, CapacityTable, MapView, Pick, Select,
+    Adopter, CapacityTable, MapView, Pick, Picker, Select,
     map::encode,
     select::WINDOW_SLOTS,
     sync::zeroed,
@@ -74,7 +74,7 @@ fn the_last_slot_is_given_once_and_comes_back() {
     let table = table(4, 1, 1);
     let mut rng = SmallRng::seed_from_u64(1);
     let one = picked(Select::default().pick(&table, &mut rng, NANO, &[]));
-    assert_eq!(one.host, HostId(1));
+    assert_eq!(one.reservation.host, HostId(1));
     assert_eq!(Select::default().pick(&table, &mut rng, NANO, &[]), Pick::NoRoom);
     table.release(one.reservation);
     picked(Select::default().pick(&table, &mut rng, NANO, &[]));
@@ -156,7 +156,7 @@ fn a_slot_that_changed_hands_is_not_charged_for_its_last_host() {
     assert!(!table.feed(HostId(1), word(5, 9)), "a host that left is not heard");
     assert!(table.feed(HostId(50), word(5, 1)));
     let new = picked(Select::default().pick(&table, &mut rng, NANO, &[]));
-    assert_eq!(new.host, HostId(50));
+    assert_eq!(new.reservation.host, HostId(50));
     table.settle(old.reservation, &started(HostId(1), 0, 90));
     let (word_now, reserved) = table.get(HostId(50)).unwrap();
     assert_eq!((word_now, reserved.count(NANO)), (Some(word(5, 1)), 1));
@@ -221,7 +221,7 @@ fn growth_keeps_words_and_points_to_its_successor() {
     // A launch that was picked from the small table ends in the bigger one.
     let mut rng = SmallRng::seed_from_u64(4);
     let launch = picked(Select::default().pick(&small, &mut rng, NANO, &[]));
-    let host = launch.host;
+    let host = launch.reservation.host;
     bigger.settle(launch.reservation, &started(host, 4, 5));
     assert_eq!(bigger.get(host).unwrap().0.unwrap().free(NANO), 4);
 }
@@ -256,7 +256,7 @@ fn picks_are_uniform_also_with_holes_ties_and_exclusions() {
         let draws = 95_000;
         for _ in 0..draws {
             let one = picked(Select { choices }.pick(&table, &mut rng, NANO, &excluded));
-            counts[usize::try_from(one.host.0).unwrap()] += 1;
+            counts[usize::try_from(one.reservation.host.0).unwrap()] += 1;
             table.release(one.reservation);
         }
         let fair = f64::from(draws) / (kept.len() - 2) as f64;
@@ -283,16 +283,19 @@ fn the_emptier_host_wins_and_the_last_room_is_found() {
     let two = self::table(2, 2, 1);
     two.feed(HostId(2), word(9, 2));
     for _ in 0..8 {
-        assert_eq!(picked(Select::default().pick(&two, &mut rng, NANO, &[])).host, HostId(2));
+        assert_eq!(
+            picked(Select::default().pick(&two, &mut rng, NANO, &[])).reservation.host,
+            HostId(2)
+        );
     }
 }
 
 #[test]
 fn a_batch_picks_what_single_picks_would() {
     let table = table(1_000, 1_000, 3);
-    let mut rng = SmallRng::seed_from_u64(7);
+    let mut picker = Picker::new(Select::default(), 7);
     let mut out: Vec<Pick> = (0..3_000).map(|_| Pick::NoHosts).collect();
-    Select::default().pick_batch(&table, &mut rng, &vec![NANO; 3_000], &mut out);
+    picker.pick_batch(&table, &vec![NANO; 3_000], &mut out);
     let got = out.iter().filter(|pick| matches!(pick, Pick::Picked(_))).count();
     let held: u32 =
         (1..=1_000).map(|id| u32::from(table.get(HostId(id)).unwrap().1.count(NANO))).sum();
@@ -309,7 +312,7 @@ fn penalties_keep_hosts_out_and_decay() {
         let mut of_one = 0;
         for _ in 0..20_000 {
             let one = picked(Select::default().pick(table, &mut rng, NANO, &[]));
-            of_one += u32::from(one.host == HostId(1));
+            of_one += u32::from(one.reservation.host == HostId(1));
             table.release(one.reservation);
         }
         of_one
@@ -318,7 +321,7 @@ fn penalties_keep_hosts_out_and_decay() {
     let mut rng = SmallRng::seed_from_u64(9);
     let on = loop {
         let one = picked(Select::default().pick(&table, &mut rng, NANO, &[]));
-        if one.host == HostId(1) {
+        if one.reservation.host == HostId(1) {
             break one.reservation;
         }
         table.release(one.reservation);
