@@ -1,2 +1,35 @@
-//! Being built.
-fn main() {}
+//! `volley`: the front door. One binary, every role as a subcommand, `volley dev`, the operator's and user's commands.
+//!
+//! A command group is a file here; what it does beyond words and tables is in the crate of its role. Two processes of
+//! hostd are this binary too (the spawner of boxes, and what serves lazy images): they are asked for by their
+//! environment or name and must be told apart before any thread or runtime exists, which is why they come first.
+
+mod attach;
+mod bench;
+mod cli;
+mod client;
+mod config;
+mod dev;
+mod doctor;
+mod failure;
+mod files;
+mod host;
+mod image;
+mod init;
+mod logs;
+mod map;
+mod port;
+mod role;
+mod run;
+mod sandbox;
+mod show;
+mod store;
+mod terminal;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hostd_sandbox::main_if_asked();
+    wire_net::tls::install_provider();
+    cli::main()
+}
