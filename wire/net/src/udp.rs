@@ -68,7 +68,7 @@ pub struct Receiver {
 
 #[derive(Debug)]
 enum Ring {
-    IoUring(uring::Uring),
+    IoUring(Box<uring::Uring>),
     Recvmmsg(mmsg::Batch),
 }
 
@@ -89,11 +89,12 @@ impl Receiver {
         parts::count_drops(&socket).map_err(|error| NetError::Socket("SO_RXQ_OVFL", error))?;
         let ring = match options.engine {
             Engine::Recvmmsg => Ring::Recvmmsg(mmsg::Batch::new()),
-            Engine::IoUring => Ring::IoUring(
-                uring::Uring::new().map_err(|error| NetError::Socket("io_uring", error))?,
-            ),
+            Engine::IoUring => {
+                let ring = uring::Uring::new().map_err(|e| NetError::Socket("io_uring", e))?;
+                Ring::IoUring(Box::new(ring))
+            }
             Engine::Auto => match uring::Uring::new() {
-                Ok(ring) => Ring::IoUring(ring),
+                Ok(ring) => Ring::IoUring(Box::new(ring)),
                 Err(error) => {
                     tracing::warn!(%error, "no io_uring here: datagrams are received with recvmmsg");
                     Ring::Recvmmsg(mmsg::Batch::new())

@@ -1,5 +1,6 @@
 //! Frames out of chunks: however a stream is cut, the same frames come out, and no bytes make the reader panic or
 //! hold more than it was sent.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::collections::VecDeque;
 

@@ -2,6 +2,7 @@
 //!
 //! The directory store and S3 run the same trial; for S3 a moto server is had from PyPI once, cached outside the tree,
 //! and started on a free port.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::{
     env, fs,

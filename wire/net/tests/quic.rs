@@ -1,4 +1,5 @@
 //! Two ends over the loopback: who may meet whom, and what goes over a connection.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

@@ -1,4 +1,5 @@
 //! Both receive engines over the loopback: everything arrives once, whole, from whom it came; drops are counted.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::{
     collections::HashMap,

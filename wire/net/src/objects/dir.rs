@@ -73,7 +73,7 @@ impl DirStore {
             flock(&file, FlockOperation::LockExclusive)?;
             Ok(Locked { _file: file })
         });
-        locked.await?.map_err(|error| generic(error))
+        locked.await?.map_err(generic)
     }
 
     /// The version of what is there.
