@@ -142,11 +142,13 @@ pub(crate) enum FileResult {
 pub(crate) enum ToBox {
     /// The uid map is written: go on parking.
     Mapped,
-    /// Descriptors: the root mount, then stdin, stdout, stderr where there is no terminal.
+    /// Descriptors: the root mount, `parts` mounts that it was made from, then stdin, stdout, stderr
+    /// where there is no terminal.
     Claim {
         program: Program,
         hostname: String,
         limits: Limits,
+        parts: u32,
     },
     /// Descriptors as above, without the root.
     Exec {

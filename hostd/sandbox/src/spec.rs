@@ -164,7 +164,7 @@ pub struct Steps {
     pub woken: u64,
     /// Root, `/proc`, `/dev` and `/sys` stood in place.
     pub mounted: u64,
-    /// `pivot_root` done, parking root gone.
+    /// The new root covers the parking root and is entered.
     pub pivoted: u64,
     /// Second filter, landlock and capabilities done.
     pub confined: u64,

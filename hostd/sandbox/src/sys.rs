@@ -323,14 +323,29 @@ pub(crate) fn child_signal_fd() -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a child the signal state of a fresh login: all default, none blocked.
-pub(crate) fn reset_signals() {
-    // SAFETY: SIG_DFL is a valid disposition for each; the set is a local. Failures (KILL, STOP, numbers
-    // that do not exist) change nothing.
+/// Gives this process, and all that it forks, the default disposition of every signal but SIGPIPE,
+/// which stays ignored: a log that nobody reads any more must not end the spawner.
+pub(crate) fn default_signals() {
+    // SAFETY: both dispositions are valid for each. Failures (KILL, STOP, numbers that do not exist)
+    // change nothing.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            let pipe = signal == libc::SIGPIPE;
+            libc::signal(signal, if pipe { libc::SIG_IGN } else { libc::SIG_DFL });
         }
+    }
+}
+
+/// The rest of it, for a program about to start.
+pub(crate) fn default_pipe_signal() {
+    // SAFETY: a valid disposition.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Unblocks every signal.
+pub(crate) fn unblock_signals() {
+    // SAFETY: the set is a local that sigemptyset initialises.
+    unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());

@@ -347,5 +347,4 @@ pub(crate) const ALLOWED: &[i64] = &[
 ];
 
 /// Allowed until the root stands, then taken away.
-pub(crate) const FOR_THE_CLAIM: &[i64] =
-    &[l::SYS_move_mount, l::SYS_pivot_root, l::SYS_umount2, l::SYS_sethostname];
+pub(crate) const FOR_THE_CLAIM: &[i64] = &[l::SYS_move_mount, l::SYS_sethostname];

@@ -43,10 +43,10 @@ fn main() {
 fn a_shell_runs_in_its_own_world() {
     let mut place = place(2);
     let line = "id -u; id -g; id -G; cat /proc/1/comm; hostname; pwd; umask; echo $HOME; echo $PATH; \
-                ls /proc/$$/fd | tr '\\n' ' '; ls /proc | grep -c '^[0-9]'; ls -A /sys | wc -l; exit 7";
+                ls /proc/$$/fd; ls /proc | grep -c '^[0-9]'; ls -A /sys | wc -l; exit 7";
     let (out, err, exited) = place.shell(line);
     let wanted = "0\n0\n0\ninit\nsandbox\n/\n0022\n/root\n\
-                  /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n0 1 2 4\n0\n";
+                  /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n0\n1\n2\n4\n0\n";
     // Processes: init, sh, and the two of the pipe.
     assert_eq!((out.as_str(), err.as_str()), (wanted, ""));
     assert_eq!(exited.status.code, Some(7));
@@ -214,13 +214,12 @@ fn stdin_until_closed() {
 fn exec_in_a_running_box() {
     let mut place = place(2);
     let main = place.claim(Program::new(["sleep", "1000"])).unwrap();
-    let line =
-        "id -u; echo $K; ls /proc/$$/fd | tr '\\n' ' '; grep Seccomp: /proc/self/status; exit 5";
+    let line = "id -u; echo $K; ls /proc/$$/fd; grep Seccomp: /proc/self/status; exit 5";
     let program =
         Program { user: "web".into(), env: vec!["K=v".into()], ..Program::new(["sh", "-c", line]) };
     let done = wait(place.spawner.exec(main.id, program)).unwrap();
     let out = read_all(done.stdio.stdout.unwrap());
-    assert_eq!(out, "33\nv\n0 1 2 Seccomp:\t2\n");
+    assert_eq!(out, "33\nv\n0\n1\n2\nSeccomp:\t2\n");
     let status = loop {
         match wait(place.events.recv()).unwrap() {
             Event::ExecExited { id, exec, status } if id == main.id => {

@@ -58,11 +58,12 @@ fn live(setup: Setup<'_>) -> i32 {
         return 0;
     }
     let woken = sys::now_ns();
-    let Some(ToBox::Claim { program, hostname, limits }) = ToBox::decode(&buffer[..packet.len])
+    let Some(ToBox::Claim { program, hostname, limits, parts }) =
+        ToBox::decode(&buffer[..packet.len])
     else {
         return 73;
     };
-    let claim = Claimed { fds: packet.fds, program, hostname, limits, woken };
+    let claim = Claimed { fds: packet.fds, program, hostname, limits, parts, woken };
     match start(&control, claim, filters) {
         Ok(serving) => serve::serve(&control, serving, &mut buffer),
         Err(why) => {
@@ -77,6 +78,7 @@ struct Claimed {
     program: crate::spec::Program,
     hostname: String,
     limits: Limits,
+    parts: u32,
     woken: u64,
 }
 
@@ -85,7 +87,8 @@ fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::
     let mut fds = claim.fds.into_iter();
     let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
     let children = sys::child_signal_fd().map_err(|e| Fault::os("signalfd", &e))?;
-    swap::swap(root, &claim.hostname, &mut steps)?;
+    let parts: Vec<_> = fds.by_ref().take(claim.parts as usize).collect();
+    swap::swap(root, parts, &claim.hostname, &mut steps)?;
     confine::confine(filters)?;
     steps.confined = sys::now_ns();
     let stdio = fds.collect();

@@ -223,7 +223,8 @@ fn arrange(
     enter_directory(&launch.program.cwd).map_err(at(Stage::Cwd))?;
     let user = &launch.user;
     sys::set_ids(user.uid, user.gid, &user.groups).map_err(at(Stage::Ids))?;
-    sys::reset_signals();
+    sys::default_pipe_signal();
+    sys::unblock_signals();
     Ok(())
 }
 

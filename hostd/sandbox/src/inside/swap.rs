@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount};
+use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::error::Fault;
 use crate::spec::Steps;
@@ -20,9 +20,21 @@ fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Faul
 }
 
 /// Puts the box into `root` and fills in its steps.
-pub(super) fn swap(root: OwnedFd, hostname: &str, steps: &mut Steps) -> Result<(), Fault> {
+///
+/// The new root is moved over the parking root and entered, as an initramfs does it, and the parking
+/// root stays mounted beneath: unmounting waits for a grace period of RCU, half a millisecond and
+/// more on busy cores. What stays beneath is an empty tmpfs and the mounts that the root was made from
+/// (`parts`); no path leads there, because the new root covers it at the very root of the namespace.
+pub(super) fn swap(
+    root: OwnedFd,
+    parts: Vec<OwnedFd>,
+    hostname: &str,
+    steps: &mut Steps,
+) -> Result<(), Fault> {
     os("mount root", sys::attach(root.as_fd(), CWD, "/root"))?;
-    let root = os("open root", open_directory(CWD, "/root"))?;
+    for part in parts {
+        os("put layers away", sys::attach(part.as_fd(), CWD, "/empty"))?;
+    }
     for name in ["proc", "dev", "sys"] {
         let point = os("mount point", mount_point(root.as_fd(), name))?;
         let moved = move_mount(
@@ -35,10 +47,9 @@ pub(super) fn swap(root: OwnedFd, hostname: &str, steps: &mut Steps) -> Result<(
         os("move mount", moved)?;
     }
     steps.mounted = sys::now_ns();
+    os("enter root", sys::attach(root.as_fd(), CWD, "/"))?;
     os("enter root", rustix::process::fchdir(&root))?;
-    os("pivot_root", rustix::process::pivot_root(".", "."))?;
-    os("unmount parking root", rustix::mount::unmount(".", UnmountFlags::DETACH))?;
-    os("enter root", rustix::process::chdir("/"))?;
+    os("enter root", rustix::process::chroot("."))?;
     let hostname = if hostname.is_empty() { "sandbox" } else { hostname };
     os("host name", rustix::system::sethostname(hostname.as_bytes()))?;
     steps.pivoted = sys::now_ns();

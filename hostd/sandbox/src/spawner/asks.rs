@@ -236,8 +236,8 @@ impl Spawning {
             ..Steps::default()
         };
         match self.send_claim(slot, claim, fds) {
-            Ok(ends) => {
-                steps.composed = sys::now_ns();
+            Ok((ends, composed_ns)) => {
+                steps.composed = composed_ns;
                 self.by_id.insert(id, slot);
                 if let Some(built) = self.boxes.get_mut(&slot) {
                     built.state = State::Starting;
@@ -259,7 +259,7 @@ impl Spawning {
         slot: u32,
         claim: Claim,
         fds: Vec<OwnedFd>,
-    ) -> Result<HostEnds, (Fault, bool)> {
+    ) -> Result<(HostEnds, u64), (Fault, bool)> {
         let uid_base = self.config.uid_base + slot * UIDS_A_BOX;
         let built = self.boxes.get_mut(&slot).ok_or((Fault::NoSandbox, false))?;
         let (lowers, data) = (claim.lowers as usize, claim.data_lowers as usize);
@@ -268,7 +268,7 @@ impl Spawning {
             return Err((Fault::Os { what, errno: libc::EINVAL }, false));
         }
         let (lowers, data_lowers) = fds.split_at(lowers);
-        let root = compose(&Parts {
+        let [root, writable] = compose(&Parts {
             lowers,
             data_lowers,
             userns: built.userns.as_fd(),
@@ -287,11 +287,17 @@ impl Spawning {
         }
         let (ends, inner) = HostEnds::pipes(&claim.program, uid_base)
             .map_err(|e| (Fault::os("stdio", &e), false))?;
-        let message =
-            ToBox::Claim { program: claim.program, hostname: claim.hostname, limits: claim.limits };
-        let mut given = vec![root];
+        let mut given = vec![root, writable];
+        given.extend(fds);
+        let message = ToBox::Claim {
+            program: claim.program,
+            hostname: claim.hostname,
+            limits: claim.limits,
+            parts: u32::try_from(given.len() - 1).unwrap_or(0),
+        };
         given.extend(inner);
+        let composed_ns = sys::now_ns();
         built.tell(&message, &given).map_err(|e| (Fault::os("tell the box", &e), true))?;
-        Ok(ends)
+        Ok((ends, composed_ns))
     }
 }

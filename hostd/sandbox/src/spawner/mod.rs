@@ -79,6 +79,12 @@ pub(crate) struct Spawning {
     buffer: Vec<u8>,
 }
 
+/// Says something on hostd's stderr, if anybody still reads it.
+fn log(line: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    let _ = writeln!(io::stderr(), "volley spawner: {line}");
+}
+
 impl Spawning {
     /// Serves until shut down or alone for too long.
     fn run(mut self) -> io::Result<()> {

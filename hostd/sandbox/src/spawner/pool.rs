@@ -77,7 +77,7 @@ impl Spawning {
         }
         let Some(shape) = self.shape_in_need() else { return };
         if let Err(why) = self.make_box(shape) {
-            eprintln!("volley spawner: a box could not be made, trying again later: {why}");
+            super::log(format_args!("a box could not be made, trying again later: {why}"));
             self.refill.failed();
         }
     }

@@ -32,8 +32,12 @@ fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Faul
     result.map_err(|e| Fault::os(what, &e.into()))
 }
 
-/// Composes; returns a detached overlay mount.
-pub(super) fn compose(parts: &Parts<'_>) -> Result<OwnedFd, Fault> {
+/// Composes; returns a detached overlay mount and the detached mount of its writable layer.
+///
+/// The overlay does not need that one, nor the lower mounts, any more. But closing the last descriptor
+/// of a detached mount waits for a grace period of RCU (milliseconds on busy cores), so nobody on
+/// this path does: they go to the box, which attaches them where nothing sees them, and go with it.
+pub(super) fn compose(parts: &Parts<'_>) -> Result<[OwnedFd; 2], Fault> {
     let Some(top) = parts.lowers.first() else {
         return Err(Fault::Os { what: "a root without layers".into(), errno: libc::EINVAL });
     };
@@ -45,7 +49,7 @@ pub(super) fn compose(parts: &Parts<'_>) -> Result<OwnedFd, Fault> {
             Err(e) => return Err(Fault::os("id map of a layer", &e)),
         }
     }
-    let (upper, work, _writable) = writable_layer(parts, top)?;
+    let (upper, work, writable) = writable_layer(parts, top)?;
     let fs = os("overlay", m::fsopen("overlay", m::FsOpenFlags::FSOPEN_CLOEXEC))?;
     let fs = fs.as_fd();
     for lower in parts.lowers {
@@ -63,7 +67,8 @@ pub(super) fn compose(parts: &Parts<'_>) -> Result<OwnedFd, Fault> {
     }
     os("overlay", m::fsconfig_create(fs))?;
     let attr = m::MountAttrFlags::MOUNT_ATTR_NOSUID | m::MountAttrFlags::MOUNT_ATTR_NODEV;
-    os("overlay mount", m::fsmount(fs, m::FsMountFlags::FSMOUNT_CLOEXEC, attr))
+    let root = os("overlay mount", m::fsmount(fs, m::FsMountFlags::FSMOUNT_CLOEXEC, attr))?;
+    Ok([root, writable])
 }
 
 /// A tmpfs of the box's size with an upper and a work directory. The mount must outlive `fsconfig`.

@@ -42,7 +42,7 @@ pub fn main_if_asked() {
         Ok(spawning) => match spawning.run() {
             Ok(()) => 0,
             Err(e) => {
-                eprintln!("volley spawner: {e}");
+                super::log(format_args!("{e}"));
                 1
             }
         },
@@ -143,6 +143,9 @@ pub(crate) fn check(config: &Config) -> Result<(), String> {
 
 fn harden() -> io::Result<()> {
     let _ = rustix::process::setsid();
+    // What hostd's parent ignored or blocked is not for programs to inherit.
+    sys::default_signals();
+    sys::unblock_signals();
     rustix::process::umask(Mode::empty());
     rustix::process::chdir("/")?;
     // No file of this process or of a fork of it is readable from inside a box.

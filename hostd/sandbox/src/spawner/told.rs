@@ -38,7 +38,7 @@ impl Spawning {
     }
 
     fn distrust(&mut self, slot: u32) {
-        eprintln!("volley spawner: box {slot} said something out of turn and was killed");
+        super::log(format_args!("box {slot} said something out of turn and was killed"));
         if let Some(built) = self.boxes.get_mut(&slot) {
             built.kill();
         }
@@ -58,7 +58,7 @@ impl Spawning {
                 self.serve_waiting();
             }
             FromBox::Unfit { why } => {
-                eprintln!("volley spawner: box {slot} could not be parked: {why}");
+                super::log(format_args!("box {slot} could not be parked: {why}"));
             }
             FromBox::Started { steps } => self.started(slot, steps, fds)?,
             FromBox::NotStarted { why } => {
