@@ -124,17 +124,26 @@ impl Client {
     }
 }
 
-/// Sorts an answer that is no start. After an earlier try was lost, "not started" is still true: the placer has asked
-/// the host again, or knows that there was none.
+/// Sorts an answer that is no start. After an earlier try was lost, only an answer that holds for every placer says that
+/// nothing was started: the launch's own fault, or the refusal of all its homes.
 fn not_started(launch_id: LaunchId, reply: LaunchReply, sent: Option<Fault>) -> LaunchError {
-    match reply {
-        LaunchReply::Failed(fault) if fault.code == Code::Unknown => {
-            LaunchError::Unknown { launch_id, fault: sent.unwrap_or(fault) }
-        }
-        LaunchReply::Failed(fault) => LaunchError::NotStarted(fault),
-        LaunchReply::Refused(refused) => {
-            LaunchError::NotStarted(Fault::new(refused.code, "no host took the launch"))
-        }
+    let fault = match reply {
+        LaunchReply::Failed(fault) => fault,
+        LaunchReply::Refused(refused) => Fault::new(refused.code, "no host took the launch"),
         LaunchReply::Started(_) => unreachable!("sorted by the caller"),
+    };
+    let of_this_placer = matches!(
+        fault.code,
+        Code::HostUnreachable
+            | Code::BudgetSpent
+            | Code::Overloaded
+            | Code::NoHosts
+            | Code::Unreachable
+            | Code::Internal
+    );
+    match sent {
+        _ if fault.code == Code::Unknown => LaunchError::Unknown { launch_id, fault },
+        Some(_) if of_this_placer => LaunchError::Unknown { launch_id, fault },
+        _ => LaunchError::NotStarted(fault),
     }
 }

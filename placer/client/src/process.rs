@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use quinn::{RecvStream, SendStream};
 use wire::{
-    call::{Answer, Call, Exit, ExitWhy},
+    call::{Answer, Call, Exit},
     frame::Kind,
     limits::FRAME_BYTES_MAX,
 };
@@ -113,30 +113,11 @@ impl Event {
                 let count = <[u8; 8]>::try_from(bytes.as_ref()).map_err(|_| bad())?;
                 Self::Lost(u64::from_le_bytes(count))
             }
-            Kind::Exit => {
-                let [c0, c1, c2, c3, why] =
-                    <[u8; 5]>::try_from(bytes.as_ref()).map_err(|_| bad())?;
-                let code = i32::from_le_bytes([c0, c1, c2, c3]);
-                Self::Exit(Exit { code, why: exit_why(why).ok_or_else(bad)? })
-            }
+            Kind::Exit => Self::Exit(Exit::from_frame_bytes(&bytes).map_err(|_| bad())?),
             Kind::End => return Ok(None),
             _ => return Err(CallError::protocol("a frame that no process sends")),
         }))
     }
-}
-
-/// Why a process ended, as an [`Kind::Exit`] frame numbers it: in the order of [`ExitWhy`].
-const fn exit_why(byte: u8) -> Option<ExitWhy> {
-    Some(match byte {
-        0 => ExitWhy::Returned,
-        1 => ExitWhy::Signalled,
-        2 => ExitWhy::OutOfMemory,
-        3 => ExitWhy::Deadline,
-        4 => ExitWhy::Idle,
-        5 => ExitWhy::Killed,
-        6 => ExitWhy::Lost,
-        _ => return None,
-    })
 }
 
 /// What a process wrote until it ended, and how it ended.
@@ -306,6 +287,8 @@ fn event_stream(
 
 #[cfg(test)]
 mod tests {
+    use wire::call::ExitWhy;
+
     use super::*;
 
     #[test]

@@ -138,6 +138,25 @@ impl Select {
         self.pick_slowly(table, rng, shape, excluded)
     }
 
+    /// One draw of `k` candidates and no more: what a model of every interleaving can afford.
+    pub fn pick_once<W: Words>(
+        self,
+        table: &CapacityTable<W>,
+        rng: &mut impl RngCore,
+        shape: ShapeId,
+    ) -> Pick {
+        let len = length(table);
+        if len == 0 {
+            return Pick::NoHosts;
+        }
+        let (drawn, count) = draw(rng, len, self.choices);
+        let mut candidates = drawn.map(Candidate::nobody);
+        for candidate in &mut candidates[..count] {
+            *candidate = read(table, candidate.slot, shape);
+        }
+        choose(table, &candidates[..count], rng, shape).map_or(Pick::NoRoom, Pick::Picked)
+    }
+
     /// Takes the candidate that came second, if it has room by now and is not excluded.
     pub fn pick_other<W: Words>(
         self,
