@@ -107,7 +107,7 @@ fn sixteen_publishers_at_once_make_one_rising_lineage() {
         believed.extend(step(&mut leaders[at], &mut object, now_ms, true, true, &mut rng));
     }
     assert!(object.lineage.is_sorted_by(|a, b| a < b));
-    assert!(object.lineage.len() > 500, "{} published", object.lineage.len());
+    assert!(object.lineage.len() > 100, "{} published", object.lineage.len());
     let published: std::collections::BTreeSet<_> = object.lineage.iter().copied().collect();
     assert!(believed.iter().all(|version| published.contains(version)), "nobody believes a lie");
     believed.sort_unstable();

@@ -1,0 +1,326 @@
+//! A receiver thread: a socket, a shard, and nothing that another thread could hold.
+//!
+//! Each turn takes a batch of datagrams, sends the directives that answer it, and then looks at what else there is: the
+//! inbox, the tick on which changes leave for the hub and rows for the writer. A datagram takes no lock and allocates
+//! nothing. Full channels make changes wait in the shard, never in a queue.
+
+use std::{cell::Cell, net::SocketAddr, sync::Arc, thread, time::Duration};
+
+use crossbeam::queue::ArrayQueue;
+use heartbeat_core::{
+    Heard, Shard,
+    flush::Flush,
+    shard::{
+        upkeep::{Census, Seen},
+        writes::Batch,
+    },
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use wire::{
+    CapacityWord, Fault, HostId, feed::Subscribe, limits::DATAGRAM_BYTES_MAX, map::HostAddr,
+    report::FailureReport, seal::KeyEpoch,
+};
+use wire_net::udp::{Receiver, Sender};
+
+use crate::shards::{Ask, Clock, Figures};
+
+/// How long a receiver waits for datagrams before it looks at its inbox.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// Records that one turn walks for an ask.
+const PIECE: usize = 16_384;
+/// Changes that leave for the hub in one message.
+const NEWS_MAX: usize = 8_192;
+/// Heartbeats that wait for their own shard's thread.
+const HANDED_ON_MAX: usize = 4_096;
+/// A heartbeat is 93 bytes; nothing longer is handed on.
+const HANDED_ON_BYTES: usize = 128;
+
+/// What a placer said, for the hub.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Event {
+    Report { placer: u64, report: FailureReport },
+    Subscribe { placer: u64, addr: SocketAddr, key_epoch: KeyEpoch, subscribe: Subscribe },
+}
+
+/// A heartbeat that arrived at another shard's socket.
+pub(crate) struct HandedOn {
+    bytes: [u8; HANDED_ON_BYTES],
+    len: usize,
+    from: SocketAddr,
+}
+
+/// Where a receiver's heartbeats for other shards go; shared by all of them.
+pub(crate) type Handover = Arc<Vec<ArrayQueue<HandedOn>>>;
+
+pub(crate) fn handover(shards: u32) -> Handover {
+    Arc::new((0..shards).map(|_| ArrayQueue::new(HANDED_ON_MAX)).collect())
+}
+
+/// What one receiver thread is given.
+pub(crate) struct Outlets {
+    pub(crate) events: mpsc::Sender<Event>,
+    pub(crate) news: mpsc::Sender<Vec<(HostId, CapacityWord)>>,
+    pub(crate) batches: mpsc::Sender<(usize, Batch)>,
+}
+
+/// Pauses of one receiver thread, in milliseconds.
+#[derive(Clone, Copy)]
+pub(crate) struct Pauses {
+    pub(crate) feed_ms: u64,
+    pub(crate) flush_ms: u64,
+}
+
+/// An ask that is answered in pieces.
+enum Walk {
+    Census(usize, Census, oneshot::Sender<Census>),
+    Addresses(usize, Vec<(HostId, HostAddr)>, oneshot::Sender<Vec<(HostId, HostAddr)>>),
+    Seen(usize, Vec<Seen>, oneshot::Sender<Vec<Seen>>),
+}
+
+struct Thread {
+    at: usize,
+    shard: Shard,
+    receiver: Receiver,
+    sender: Sender,
+    handover: Handover,
+    inbox: mpsc::Receiver<Ask>,
+    outlets: Outlets,
+    pauses: Pauses,
+    clock: Clock,
+    flush: Flush,
+    walks: Vec<Walk>,
+    news_at_ms: u64,
+    round_at_ms: u64,
+    events_lost: u64,
+}
+
+/// Starts a receiver thread, which ends soon after `stop`.
+///
+/// # Errors
+/// If the kernel gives no thread or no second handle on the socket.
+#[expect(clippy::too_many_arguments, reason = "each is another end of the thread")]
+pub(crate) fn spawn(
+    at: usize,
+    shard: Shard,
+    receiver: Receiver,
+    handover: Handover,
+    inbox: mpsc::Receiver<Ask>,
+    outlets: Outlets,
+    pauses: Pauses,
+    clock: Clock,
+    stop: CancellationToken,
+) -> Result<thread::JoinHandle<()>, Fault> {
+    let io = |error: std::io::Error| {
+        Fault::new(wire::Code::Internal, format!("a receiver thread did not start: {error}"))
+    };
+    let sender = receiver.sender().map_err(io)?;
+    let mut thread = Thread {
+        at,
+        shard,
+        receiver,
+        sender,
+        handover,
+        inbox,
+        outlets,
+        pauses,
+        clock,
+        flush: Flush::default(),
+        walks: Vec::new(),
+        news_at_ms: 0,
+        round_at_ms: 0,
+        events_lost: 0,
+    };
+    thread::Builder::new()
+        .name(format!("receiver-{at}"))
+        .spawn(move || {
+            while !stop.is_cancelled() {
+                thread.turn();
+            }
+        })
+        .map_err(io)
+}
+
+impl Thread {
+    fn turn(&mut self) {
+        self.hear();
+        let now_ms = self.clock.now_ms();
+        self.take_handed_on(now_ms);
+        // A socket that cannot send is said by the figures; receiving goes on.
+        let _ = self.sender.flush();
+        while let Ok(ask) = self.inbox.try_recv() {
+            self.take_ask(now_ms, ask);
+        }
+        self.walk(now_ms);
+        if now_ms >= self.news_at_ms {
+            self.news_at_ms = now_ms + self.pauses.feed_ms;
+            self.send_news();
+        }
+        self.send_batches(now_ms);
+    }
+
+    fn hear(&mut self) {
+        let Self { shard, receiver, sender, handover, outlets, clock, events_lost, .. } = self;
+        // The clock is read once a batch, when its first datagram is there.
+        let now_ms = Cell::new(None);
+        let mut out = [0; DATAGRAM_BYTES_MAX];
+        let heard = receiver.recv(PATIENCE, |bytes, from| {
+            let now_ms = now_ms.get().unwrap_or_else(|| {
+                let now = clock.now_ms();
+                now_ms.set(Some(now));
+                now
+            });
+            let event = match shard.handle_datagram(now_ms, bytes, &mut out) {
+                Heard::Nothing => return,
+                Heard::Directive(len) => {
+                    let _ = sender.push(&out[..len], from);
+                    return;
+                }
+                Heard::Elsewhere(to) => {
+                    hand_on(&handover[to as usize], bytes, from);
+                    return;
+                }
+                Heard::Report { placer, report } => Event::Report { placer, report },
+                Heard::Subscribe { placer, key_epoch, subscribe } => {
+                    Event::Subscribe { placer, addr: from, key_epoch, subscribe }
+                }
+            };
+            if outlets.events.try_send(event).is_err() {
+                *events_lost += 1;
+            }
+        });
+        if let Err(error) = heard {
+            tracing::error!(%error, "a receiver's socket failed; trying again");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn take_handed_on(&mut self, now_ms: u64) {
+        let mut out = [0; DATAGRAM_BYTES_MAX];
+        while let Some(handed) = self.handover[self.at].pop() {
+            let bytes = &handed.bytes[..handed.len];
+            if let Heard::Directive(len) = self.shard.handle_datagram(now_ms, bytes, &mut out) {
+                let _ = self.sender.push(&out[..len], handed.from);
+            }
+        }
+    }
+
+    fn take_ask(&mut self, now_ms: u64, ask: Ask) {
+        let shard = &mut self.shard;
+        match ask {
+            Ask::Rows(rows) => rows.iter().for_each(|row| {
+                shard.handle_row(now_ms, row);
+            }),
+            Ask::Drains(drains) => shard.handle_drains(drains),
+            Ask::Quarantine(host, on) => shard.handle_quarantine(host, on),
+            Ask::Suspect(host, on) => shard.handle_suspicion(host, on),
+            Ask::Correct(host, word) => shard.handle_correction(host, word),
+            Ask::Keys(keys) => shard.handle_keys(keys),
+            Ask::Revoked(revoked, reply) => {
+                let _ = reply.send(shard.handle_revoked(revoked));
+            }
+            Ask::Remove(mut silent, reply) => {
+                silent.retain(|silent| shard.handle_remove(silent));
+                let _ = reply.send(silent);
+            }
+            Ask::Written(rows, acknowledged) => {
+                shard.handle_written(&rows, acknowledged);
+                self.flush.handle_done(now_ms, acknowledged);
+            }
+            Ask::Census(reply) => self.walks.push(Walk::Census(0, Census::default(), reply)),
+            Ask::Addresses(reply) => self.walks.push(Walk::Addresses(0, Vec::new(), reply)),
+            Ask::Seen(reply) => self.walks.push(Walk::Seen(0, Vec::new(), reply)),
+            Ask::Words(from, max, reply) => {
+                let mut words = Vec::new();
+                let next = shard.words(from, max, &mut words);
+                let _ = reply.send((words, next));
+            }
+            Ask::Figures(reply) => {
+                let _ = reply.send(self.figures());
+            }
+            Ask::Flush => self.round_at_ms = 0,
+        }
+    }
+
+    fn figures(&self) -> Figures {
+        Figures {
+            counters: *self.shard.counters(),
+            hosts: self.shard.len() as u64,
+            bytes: self.shard.bytes() as u64,
+            kernel_drops: self.receiver.kernel_drops(),
+            rcvbuf_bytes: self.receiver.rcvbuf_bytes() as u64,
+            dirty: self.shard.dirty() as u64,
+            flush_failures: self.flush.failures(),
+            membership: self.shard.membership(),
+            events_lost: self.events_lost,
+        }
+    }
+
+    /// One piece of the oldest walk.
+    fn walk(&mut self, now_ms: u64) {
+        let Some(walk) = self.walks.first_mut() else { return };
+        let shard = &self.shard;
+        let next = match walk {
+            Walk::Census(from, census, _) => {
+                let next = shard.sweep(now_ms, *from, PIECE, census);
+                next.inspect(|&next| *from = next)
+            }
+            Walk::Addresses(from, hosts, _) => {
+                let next = shard.addresses(*from, PIECE, hosts);
+                next.inspect(|&next| *from = next)
+            }
+            Walk::Seen(from, seen, _) => {
+                let next = shard.seen(now_ms, *from, PIECE, seen);
+                next.inspect(|&next| *from = next)
+            }
+        };
+        if next.is_some() {
+            return;
+        }
+        // Nobody may be waiting any more; then the answer is dropped.
+        match self.walks.remove(0) {
+            Walk::Census(_, census, reply) => drop(reply.send(census)),
+            Walk::Addresses(_, hosts, reply) => drop(reply.send(hosts)),
+            Walk::Seen(_, seen, reply) => drop(reply.send(seen)),
+        }
+    }
+
+    fn send_news(&mut self) {
+        while let Ok(room) = self.outlets.news.try_reserve() {
+            let mut news = Vec::new();
+            self.shard.take_news(NEWS_MAX, &mut news);
+            if news.is_empty() {
+                break;
+            }
+            room.send(news);
+        }
+    }
+
+    fn send_batches(&mut self, now_ms: u64) {
+        if self.shard.round_left() == 0 {
+            if now_ms < self.round_at_ms {
+                return;
+            }
+            self.round_at_ms = now_ms + self.pauses.flush_ms;
+            if !self.shard.begin_round() {
+                return;
+            }
+        }
+        while self.flush.room(now_ms) > 0 {
+            let Ok(room) = self.outlets.batches.try_reserve() else { return };
+            let Some(batch) = self.shard.take_batch() else { return };
+            self.flush.handle_sent();
+            room.send((self.at, batch));
+        }
+    }
+}
+
+fn hand_on(queue: &ArrayQueue<HandedOn>, bytes: &[u8], from: SocketAddr) {
+    if bytes.len() > HANDED_ON_BYTES {
+        return;
+    }
+    let mut handed = HandedOn { bytes: [0; HANDED_ON_BYTES], len: bytes.len(), from };
+    handed.bytes[..bytes.len()].copy_from_slice(bytes);
+    // A full queue loses a heartbeat, as a full socket does.
+    let _ = queue.push(handed);
+}

@@ -1,0 +1,300 @@
+//! Brings an aggregator up and takes it down.
+
+use std::{net::SocketAddr, sync::Arc, thread::JoinHandle, time::Duration};
+
+use heartbeat_core::{
+    KeyRing, Shard, feed::Subscriptions, liveness::Liveness, quarantine::Quarantine,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use wire::{Code, Fault, seal::Role};
+use wire_net::{
+    objects::{self, object_store::ObjectStore},
+    ops, quic,
+    tls::{self, Identity},
+    udp::{Receiver, ReceiverOptions},
+};
+
+use crate::{
+    admin::Admin,
+    config::Config,
+    hub::{Drains, Hub, HubFigures},
+    metrics::{Metrics, Sources},
+    publisher::{PublishFigures, Publisher},
+    receiver::{self, Outlets, Pauses},
+    scanner::{self, ScanFigures, Scanner, Watcher},
+    shards::{Ask, Clock, INBOX, Shards},
+    store::{self, Store},
+    writer,
+};
+
+/// Messages that wait between a receiver and the rest, at most.
+const EVENTS: usize = 4_096;
+const NEWS: usize = 64;
+const BATCHES: usize = 64;
+/// How long a stop waits for rows to reach the store.
+const LAST_WORDS: Duration = Duration::from_millis(1_000);
+
+/// An aggregator that is up.
+pub struct Running {
+    /// Where datagrams are taken.
+    pub udp: SocketAddr,
+    /// Where calls are taken.
+    pub admin: SocketAddr,
+    /// Where metrics are served.
+    pub ops: Option<SocketAddr>,
+    /// Its receiver threads.
+    pub shards: Shards,
+    /// The fleet's drains.
+    pub drains: Arc<Drains>,
+    receivers: Vec<JoinHandle<()>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    stop_receivers: CancellationToken,
+}
+
+/// Runs an aggregator until `stop`; prints one line when it is ready.
+///
+/// # Errors
+/// Why it could not start.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Fault> {
+    let running = start(config, stop.clone()).await?;
+    println!("ready heartbeatd {}", running.udp);
+    stop.cancelled().await;
+    running.stop().await;
+    Ok(())
+}
+
+impl Running {
+    /// Stops it: rows that wait are written, for a second at most.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        let flushed = async {
+            loop {
+                self.shards.tell_all(|| Ask::Flush).await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                let figures = self.shards.figures().await;
+                if figures.iter().all(|shard| shard.dirty == 0) {
+                    break;
+                }
+            }
+        };
+        if tokio::time::timeout(LAST_WORDS, flushed).await.is_err() {
+            tracing::warn!(
+                "stopped with rows that the store did not take; hosts will say them again"
+            );
+        }
+        self.stop_receivers.cancel();
+        for receiver in self.receivers {
+            let _ = tokio::task::spawn_blocking(move || receiver.join()).await;
+        }
+        drop(self.shards);
+        drop(self.drains);
+        self.tasks.close();
+        let _ = tokio::time::timeout(LAST_WORDS, self.tasks.wait()).await;
+    }
+}
+
+/// What has to be there before a thread starts.
+struct Ground {
+    identity: Identity,
+    keys: KeyRing,
+    objects: Arc<dyn ObjectStore>,
+    store: Arc<dyn Store>,
+    receivers: Vec<Receiver>,
+    aggregator: u64,
+}
+
+async fn ground(config: &Config) -> Result<Ground, Fault> {
+    config.check()?;
+    tls::install_provider();
+    let identity = Identity::load(&config.identity)?;
+    if identity.peer.role() != Role::Aggregator {
+        return Err(Fault::new(
+            Code::Config,
+            format!(
+                "{} holds the identity of {}, not of an aggregator",
+                config.identity.display(),
+                identity.peer
+            ),
+        ));
+    }
+    let aggregator = config.aggregator_id.or(identity.peer.sender_id()).unwrap_or_default();
+    let keys = scanner::load_keys(&config.fleet)?;
+    let objects = objects::open(&config.objects)?;
+    let receivers = bind(config)?;
+    let store = store::open(&config.store).await?;
+    Ok(Ground { identity, keys, objects, store, receivers, aggregator })
+}
+
+fn bind(config: &Config) -> Result<Vec<Receiver>, Fault> {
+    let options =
+        ReceiverOptions { rcvbuf_bytes: config.rcvbuf_bytes, ..ReceiverOptions::default() };
+    // Bound alone first: with a shared port a second aggregator here would go unnoticed and take half of the hosts.
+    let probe = Receiver::bind(config.udp, &options)?;
+    let addr = probe.local_addr().map_err(|error| internal(&error))?;
+    if config.shards() == 1 {
+        warn_of_buffer(&probe, config);
+        return Ok(vec![probe]);
+    }
+    drop(probe);
+    let options = ReceiverOptions { reuse_port: true, ..options };
+    let receivers = (0..config.shards())
+        .map(|_| Receiver::bind(addr, &options))
+        .collect::<Result<Vec<_>, _>>()?;
+    warn_of_buffer(&receivers[0], config);
+    Ok(receivers)
+}
+
+/// FAULTS H7: "a warning at start where `rmem_max` is too small".
+fn warn_of_buffer(receiver: &Receiver, config: &Config) {
+    if receiver.rcvbuf_bytes() < config.rcvbuf_bytes {
+        tracing::warn!(
+            bytes = receiver.rcvbuf_bytes(),
+            wanted = config.rcvbuf_bytes,
+            "the receive buffer is smaller than wanted: raise net.core.rmem_max"
+        );
+    }
+}
+
+fn internal(error: &dyn std::fmt::Display) -> Fault {
+    Fault::new(Code::Internal, error.to_string())
+}
+
+/// Starts an aggregator: when this returns, hosts are heard and calls answered, and what the store knows is known.
+///
+/// # Errors
+/// [`Code::Busy`] for a port or a store's file of another process, [`Code::Config`] for a setting, [`Code::Storage`] for a
+/// store that does not serve.
+pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, Fault> {
+    let Ground { identity, keys, objects, store, receivers, aggregator } = ground(&config).await?;
+    let roles = [Role::Operator, Role::Placer];
+    let endpoint = quic::listen(config.listen, &identity, &roles)?;
+    let admin_addr = endpoint.local_addr().map_err(|error| internal(&error))?;
+    let listener = match config.ops {
+        Some(addr) => Some(ops::bind(addr).await?),
+        None => None,
+    };
+    let ops_addr = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+    let udp = receivers[0].local_addr().map_err(|error| internal(&error))?;
+    let hub_sender = receivers[0].sender().map_err(|error| internal(&error))?;
+
+    let (clock, stop_receivers) = (Clock::new(), CancellationToken::new());
+    let (events, events_in) = mpsc::channel(EVENTS);
+    let (news, news_in) = mpsc::channel(NEWS);
+    let (batches, batches_in) = mpsc::channel(BATCHES);
+    let pauses = Pauses { feed_ms: config.feed_ms, flush_ms: config.flush_ms };
+    let of = config.shards();
+    let handover = receiver::handover(of);
+    let (mut inboxes, mut threads) = (Vec::new(), Vec::new());
+    for (at, receiver) in (0..of).zip(receivers) {
+        let (inbox, asks) = mpsc::channel(INBOX);
+        inboxes.push(inbox);
+        let outlets =
+            Outlets { events: events.clone(), news: news.clone(), batches: batches.clone() };
+        threads.push(receiver::spawn(
+            at as usize,
+            Shard::new(at, of, keys.clone(), config.interval_ms),
+            receiver,
+            Arc::clone(&handover),
+            asks,
+            outlets,
+            pauses,
+            clock,
+            stop_receivers.clone(),
+        )?);
+    }
+    drop((events, news, batches));
+    let shards = Shards::new(inboxes);
+    let drains = Arc::new(Drains::new(Arc::clone(&store), shards.clone(), clock));
+    let running = Running {
+        udp,
+        admin: admin_addr,
+        ops: ops_addr,
+        shards: shards.clone(),
+        drains: Arc::clone(&drains),
+        receivers: threads,
+        tasks: TaskTracker::new(),
+        stop: stop.clone(),
+        stop_receivers,
+    };
+    // Drains first: a host that beats meanwhile must not be told to resume.
+    let restored = match drains.reload().await {
+        Ok(()) => scanner::restore(&*store, &shards).await,
+        Err(error) => Err(error),
+    };
+    match restored {
+        Ok(rows) => tracing::info!(rows, "the store's hosts are known"),
+        Err(error) => {
+            running.stop().await;
+            return Err(error.into());
+        }
+    }
+
+    let (keys_out, keys_in) = watch::channel(keys);
+    let (leads_out, leads_in) = watch::channel(false);
+    let sources = Sources {
+        shards: shards.clone(),
+        hub: Arc::new(HubFigures::default()),
+        scan: Arc::new(ScanFigures::default()),
+        publish: Arc::new(PublishFigures::default()),
+    };
+    let tasks = &running.tasks;
+    let hub = Hub {
+        shards: shards.clone(),
+        clock,
+        subscriptions: Subscriptions::new(aggregator),
+        quarantine: Quarantine::new(config.quarantine()),
+        keys: keys_in,
+        sender: hub_sender,
+        figures: Arc::clone(&sources.hub),
+    };
+    tasks.spawn(hub.run(events_in, news_in, stop.clone()));
+    tasks.spawn(writer::write_all(Arc::clone(&store), shards.clone(), batches_in));
+    let scanner = Scanner {
+        store: Arc::clone(&store),
+        shards: shards.clone(),
+        clock,
+        liveness: Liveness::new(clock.now_ms(), config.grace_ms).with_brake(config.brake_percent),
+        leads: leads_in,
+        figures: Arc::clone(&sources.scan),
+        hub: Arc::clone(&sources.hub),
+        scan_ms: config.scan_ms,
+    };
+    tasks.spawn(scanner.run(stop.clone()));
+    let mut watcher = Watcher {
+        fleet: config.fleet.clone(),
+        keys: keys_out,
+        shards: shards.clone(),
+        drains: Arc::clone(&drains),
+        store: Arc::clone(&store),
+        revoked: std::collections::BTreeSet::new(),
+    };
+    watcher.look().await;
+    tasks.spawn(watcher.run(stop.clone()));
+    let publisher = Publisher {
+        store,
+        objects,
+        shards: shards.clone(),
+        clock,
+        aggregator,
+        publish_ms: config.publish_ms,
+        leads: leads_out,
+        figures: Arc::clone(&sources.publish),
+    };
+    tasks.spawn(publisher.run(stop.clone()));
+    tasks.spawn(Admin { shards, drains }.serve(endpoint, stop.clone()));
+    let metrics = Metrics::new();
+    if let Some(listener) = listener {
+        let ready = ops::Ready::default();
+        ready.set(true);
+        let serve = ops::serve_on(listener, Arc::clone(&metrics.registry), ready, stop.clone());
+        tasks.spawn(async move {
+            if let Err(fault) = serve.await {
+                tracing::error!(%fault, "metrics are not served any more");
+            }
+        });
+    }
+    tasks.spawn(metrics.run(sources, stop));
+    Ok(running)
+}
