@@ -4,6 +4,11 @@
 //! shares the cores with what it measures, a figure alone says little (NUMBERS). Nothing here is on anybody's launch
 //! path.
 
+pub mod arena;
 pub mod cpu;
+pub mod heartbeat;
 pub mod launch;
+pub mod map;
+pub mod pick;
+pub mod rounds;
 pub mod scrape;
