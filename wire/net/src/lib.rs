@@ -4,6 +4,7 @@
 //! transport settings, certificates, compare-and-swap) has one place. What is said is `wire`'s business, what it
 //! leads to the cores'. DESIGN.md beside this crate says what was measured and why it is so.
 
+pub mod lane;
 pub mod objects;
 pub mod ops;
 pub mod quic;

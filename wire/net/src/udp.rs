@@ -128,6 +128,16 @@ impl Receiver {
         }
     }
 
+    /// Of the sockets that share this port (`reuse_port`), `sockets` of them, lets the kernel choose by a datagram's
+    /// content: the four bytes from `at` on, read big-endian, modulo `sockets`, name the socket in the order in which
+    /// they were bound. A shorter datagram goes to the first.
+    ///
+    /// # Errors
+    /// What the kernel says; senders are then spread by their addresses, as without it.
+    pub fn steer(&self, at: u32, sockets: u32) -> io::Result<()> {
+        parts::steer(&self.socket, at, sockets)
+    }
+
     /// Where it is bound.
     ///
     /// # Errors

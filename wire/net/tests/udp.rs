@@ -173,3 +173,44 @@ fn a_busy_port_says_so_unless_it_is_shared() {
     let error = Receiver::bind(addr, &ReceiverOptions::default()).unwrap_err();
     assert_eq!(wire::Fault::from(error).code, wire::Code::Busy);
 }
+
+#[test]
+fn the_kernel_steers_by_content() {
+    const SOCKETS: u32 = 3;
+    let shared = ReceiverOptions { reuse_port: true, ..Default::default() };
+    let first = Receiver::bind(V4, &shared).unwrap();
+    let addr = first.local_addr().unwrap();
+    let mut receivers = vec![first];
+    receivers.extend((1..SOCKETS).map(|_| Receiver::bind(addr, &shared).unwrap()));
+    receivers[0].steer(8, SOCKETS).unwrap();
+    let mut sender = Sender::bind(V4).unwrap();
+    for word in 0..300u32 {
+        let mut bytes = [0; 16];
+        bytes[8..12].copy_from_slice(&word.wrapping_mul(2_654_435_761).to_be_bytes());
+        sender.push(&bytes, addr).unwrap();
+    }
+    sender.push(b"short", addr).unwrap();
+    sender.flush().unwrap();
+    let mut got = 0;
+    for (at, receiver) in receivers.iter_mut().enumerate() {
+        for (bytes, _) in receive_all(receiver) {
+            let word =
+                bytes.get(8..12).map_or(0, |word| u32::from_be_bytes(word.try_into().unwrap()));
+            assert_eq!((word % SOCKETS) as usize, at);
+            got += 1;
+        }
+    }
+    assert_eq!(got, 301);
+}
+
+/// What is there already.
+fn receive_all(receiver: &mut Receiver) -> Vec<(Vec<u8>, SocketAddr)> {
+    let mut got = Vec::new();
+    let each = |got: &mut Vec<_>, bytes: &[u8], from| got.push((bytes.to_vec(), from));
+    while receiver
+        .recv(Duration::from_millis(20), |bytes, from| each(&mut got, bytes, from))
+        .unwrap()
+        > 0
+    {}
+    got
+}

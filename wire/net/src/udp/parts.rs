@@ -75,15 +75,27 @@ fn drop_count(mut control: &[u8]) -> Option<u32> {
     }
 }
 
-fn set_option(socket: &impl AsFd, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    #[expect(clippy::cast_possible_truncation, reason = "four")]
-    let len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the kernel reads `len` bytes of `value`, which lives on this frame; the fd is borrowed and open.
+/// Sets an option of the socket level to a plain value: `T` is what the kernel takes for `option`.
+fn set_option<T: Copy>(socket: &impl AsFd, option: libc::c_int, value: T) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `len` bytes of `value`, which lives on this frame; the fd is borrowed and open. What a
+    // `sock_fprog` points to is kept alive by `steer`, its only maker, and copied by the kernel before it returns.
     let done = unsafe {
         let value = (&raw const value).cast();
         libc::setsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, option, value, len)
     };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A filter of three steps: load a word of the payload, take it modulo, give it back.
+pub(super) fn steer(socket: &impl AsFd, at: u32, sockets: u32) -> io::Result<()> {
+    const LOAD_WORD: u16 = 0x20;
+    const MODULO: u16 = 0x94;
+    const RETURN: u16 = 0x16;
+    let step = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let mut steps = [step(LOAD_WORD, at), step(MODULO, sockets), step(RETURN, 0)];
+    let program = libc::sock_fprog { len: 3, filter: steps.as_mut_ptr() };
+    set_option(socket, libc::SO_ATTACH_REUSEPORT_CBPF, program)
 }
 
 fn clamp(bytes: usize) -> libc::c_int {
@@ -92,7 +104,7 @@ fn clamp(bytes: usize) -> libc::c_int {
 }
 
 pub(super) fn count_drops(socket: &impl AsFd) -> io::Result<()> {
-    set_option(socket, libc::SO_RXQ_OVFL, 1)
+    set_option(socket, libc::SO_RXQ_OVFL, 1 as libc::c_int)
 }
 
 pub(super) fn force_receive_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
