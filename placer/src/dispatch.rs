@@ -224,7 +224,10 @@ impl Worker {
         };
         let outstanding = link.outstanding();
         let head = LaunchHead { budget_ms, named: asked.head.named };
-        let reply = stream::launch(&link.connection, head, &asked.request).await;
+        let reply = match link.lane.launch(head, &asked.request) {
+            Ok(reply) => reply.await,
+            Err(lost) => Err(lost),
+        };
         drop(outstanding);
         match reply {
             Ok(reply) => News::Reply(reply),

@@ -8,8 +8,9 @@ use std::{cell::Cell, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use quinn::{Endpoint, Incoming, RecvStream, SendStream};
 use tokio::task::spawn_local;
-use wire::frame::Kind;
+use wire::{Code, Fault, frame::Kind, launch::LaunchReply, limits::LANE_LAUNCHES_MAX};
 use wire_net::{
+    lane::LaneServer,
     quic,
     stream::{self, BROKEN, StreamLost},
     tls::Peer,
@@ -67,7 +68,7 @@ async fn serve_stream(worker: Rc<Worker>, peer: Rc<Peer>, send: SendStream, recv
 
 async fn stream(
     worker: &Rc<Worker>,
-    peer: &Peer,
+    peer: &Rc<Peer>,
     mut send: SendStream,
     mut recv: RecvStream,
 ) -> Result<(), StreamLost> {
@@ -82,6 +83,7 @@ async fn stream(
             let reply = worker.launch(&payload, peer).await;
             stream::reply(&mut send, &reply).await
         }
+        Ok(Some((Kind::Lane, _))) => lane(worker, peer, LaneServer::new(send, recv)).await,
         Ok(Some((Kind::Call, bytes))) => worker.call(&bytes, peer, send, recv).await,
         Ok(Some((kind, _))) => {
             let _ = recv.stop(BROKEN);
@@ -93,4 +95,31 @@ async fn stream(
             Err(lost)
         }
     }
+}
+
+/// Serves a lane to its end. Launches under way go on when it breaks.
+async fn lane(
+    worker: &Rc<Worker>,
+    peer: &Rc<Peer>,
+    mut lane: LaneServer,
+) -> Result<(), StreamLost> {
+    let outstanding = Rc::new(Cell::new(0));
+    while let Some((tag, payload)) = lane.next().await? {
+        let replies = lane.replies();
+        if outstanding.get() >= LANE_LAUNCHES_MAX {
+            // PROTOCOL 7.7.
+            let message = "too many launches are outstanding on this lane; nothing was started";
+            replies.reply(tag, &LaunchReply::Failed(Fault::new(Code::Overloaded, message)));
+            continue;
+        }
+        outstanding.set(outstanding.get() + 1);
+        let (worker, peer, outstanding) =
+            (Rc::clone(worker), Rc::clone(peer), Rc::clone(&outstanding));
+        spawn_local(async move {
+            let reply = worker.launch(&payload, &peer).await;
+            outstanding.set(outstanding.get() - 1);
+            replies.reply(tag, &reply);
+        });
+    }
+    Ok(())
 }

@@ -21,6 +21,7 @@ use futures::{
 use quinn::{Connection, Endpoint};
 use wire::{Code, Fault, HostId};
 use wire_net::{
+    lane::Lane,
     quic,
     tls::{Identity, Peer},
 };
@@ -41,6 +42,7 @@ type Dial = Shared<LocalBoxFuture<'static, Result<Rc<Link>, Fault>>>;
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) connection: Connection,
+    pub(crate) lane: Lane,
     addr: SocketAddr,
     outstanding: Cell<u32>,
     used: Cell<Instant>,
@@ -66,7 +68,7 @@ impl Link {
     }
 
     fn is_alive(&self) -> bool {
-        self.connection.close_reason().is_none()
+        self.connection.close_reason().is_none() && self.lane.is_open()
     }
 
     fn is_deaf(&self, now: Instant) -> bool {
@@ -174,7 +176,11 @@ impl Pool {
         let pool = Rc::clone(self);
         let dial = async move {
             let peer = Peer::Host(host);
-            let connect = quic::connect(&endpoint, addr, &peer);
+            let connect = async {
+                let connection = quic::connect(&endpoint, addr, &peer).await?;
+                let lane = Lane::open(&connection).await?;
+                Ok((connection, lane))
+            };
             let dialled = tokio::time::timeout(DIAL, connect).await.unwrap_or_else(|_| {
                 let message = format!("host {host} at {addr} did not answer a dial");
                 Err(Fault::new(Code::Unreachable, message))
@@ -193,13 +199,14 @@ impl Pool {
         host: HostId,
         addr: SocketAddr,
         failures: u32,
-        dialled: Result<Connection, Fault>,
+        dialled: Result<(Connection, Lane), Fault>,
     ) -> Result<Rc<Link>, Fault> {
         let now = Instant::now();
         let (entry, result) = match dialled {
-            Ok(connection) => {
+            Ok((connection, lane)) => {
                 let link = Rc::new(Link {
                     connection,
+                    lane,
                     addr,
                     outstanding: Cell::new(0),
                     used: Cell::new(now),

@@ -20,7 +20,7 @@ use wire::{
     limits::BUDGET_MS_DEFAULT,
     seal::Role,
 };
-use wire_net::{quic, stream, tls};
+use wire_net::{lane::Lane, quic, stream, tls};
 
 use crate::{CallError, Sandbox, draw_id};
 
@@ -68,6 +68,13 @@ pub(crate) struct Inner {
     turn: AtomicUsize,
 }
 
+/// A connection, and the lane on it that all launches share.
+#[derive(Clone, Debug)]
+pub(crate) struct Open {
+    pub(crate) connection: Connection,
+    pub(crate) lane: Lane,
+}
+
 /// The way to one placer.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -79,7 +86,7 @@ pub(crate) struct Link {
 
 #[derive(Debug, Default)]
 struct Dialled {
-    connection: Option<Connection>,
+    open: Option<Open>,
     failures: u32,
     not_before: Option<Instant>,
 }
@@ -94,9 +101,10 @@ impl Link {
         self.dialled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn alive(&self) -> Option<Connection> {
+    fn alive(&self) -> Option<Open> {
         let dialled = self.dialled();
-        dialled.connection.clone().filter(|connection| connection.close_reason().is_none())
+        let alive = |open: &&Open| open.connection.close_reason().is_none() && open.lane.is_open();
+        dialled.open.as_ref().filter(alive).cloned()
     }
 
     fn rests(&self, now: Instant) -> bool {
@@ -125,7 +133,7 @@ impl Client {
         options: ConnectOptions,
     ) -> Result<Self, Fault> {
         let client = Self::over(identity, options)?;
-        client.link_connection().await?;
+        client.open_link().await?;
         Ok(client)
     }
 
@@ -244,8 +252,8 @@ impl Client {
 
     /// One call, one answer.
     pub(crate) async fn ask(&self, call: &Call) -> Result<Answer, CallError> {
-        let (_, connection) = self.link_connection().await?;
-        Ok(stream::call(&connection, call).await?)
+        let (_, open) = self.open_link().await?;
+        Ok(stream::call(&open.connection, call).await?)
     }
 
     pub(crate) async fn ask_done(&self, call: &Call) -> Result<(), CallError> {
@@ -256,7 +264,7 @@ impl Client {
     }
 
     /// A connection to the next placer that can be reached, and which one that is.
-    pub(crate) async fn link_connection(&self) -> Result<(usize, Connection), Fault> {
+    pub(crate) async fn open_link(&self) -> Result<(usize, Open), Fault> {
         let links = self.inner.links.len();
         let first = self.inner.turn.fetch_add(1, Ordering::Relaxed);
         let turns = (0..links).map(|turn| first.wrapping_add(turn) % links);
@@ -266,8 +274,8 @@ impl Client {
             turns.partition(|&at| self.inner.links[at].rests(now));
         let mut last = Fault::new(Code::Unreachable, "no placer's address was given");
         for at in ready.into_iter().chain(resting) {
-            match self.connection_to(at).await {
-                Ok(connection) => return Ok((at, connection)),
+            match self.open_to(at).await {
+                Ok(open) => return Ok((at, open)),
                 Err(fault) => last = fault,
             }
         }
@@ -275,27 +283,32 @@ impl Client {
     }
 
     /// The connection to one placer, dialled if need be.
-    pub(crate) async fn connection_to(&self, at: usize) -> Result<Connection, Fault> {
+    pub(crate) async fn open_to(&self, at: usize) -> Result<Open, Fault> {
         let link = &self.inner.links[at];
-        if let Some(connection) = link.alive() {
-            return Ok(connection);
+        if let Some(open) = link.alive() {
+            return Ok(open);
         }
         let _dialling = link.dialling.lock().await;
-        if let Some(connection) = link.alive() {
-            return Ok(connection);
+        if let Some(open) = link.alive() {
+            return Ok(open);
         }
         let endpoint = self.inner.endpoints[usize::from(link.addr.is_ipv6())].as_ref();
         let endpoint = endpoint.ok_or_else(|| Fault::new(Code::Internal, "no endpoint"))?;
-        let dialled = quic::connect(endpoint, link.addr, Role::Placer).await;
+        let dialled = async {
+            let connection = quic::connect(endpoint, link.addr, Role::Placer).await?;
+            let lane = Lane::open(&connection).await?;
+            Ok(Open { connection, lane })
+        };
+        let dialled = dialled.await;
         let mut state = link.dialled();
         match dialled {
-            Ok(connection) => {
-                *state = Dialled { connection: Some(connection.clone()), ..Dialled::default() };
-                Ok(connection)
+            Ok(open) => {
+                *state = Dialled { open: Some(open.clone()), ..Dialled::default() };
+                Ok(open)
             }
             Err(fault) => {
                 let wait = BACK_OFF.saturating_mul(1 << state.failures.min(6)).min(BACK_OFF_MAX);
-                state.connection = None;
+                state.open = None;
                 state.failures = state.failures.saturating_add(1);
                 state.not_before = Some(Instant::now() + wait);
                 Err(fault)

@@ -11,7 +11,7 @@ use wire::{
     launch::{LaunchHead, LaunchReply, Started},
     limits::BUDGET_MS_MAX,
 };
-use wire_net::stream::{self, LaunchLost};
+use wire_net::stream::LaunchLost;
 
 use crate::{Client, LaunchError, LaunchSpec, Sandbox};
 
@@ -99,10 +99,10 @@ impl Client {
         deadline: Instant,
     ) -> (Option<usize>, Result<LaunchReply, Next>) {
         let reached = match pinned {
-            Some(at) => self.connection_to(at).await.map(|connection| (at, connection)),
-            None => self.link_connection().await,
+            Some(at) => self.open_to(at).await.map(|open| (at, open)),
+            None => self.open_link().await,
         };
-        let (at, connection) = match reached {
+        let (at, open) = match reached {
             Ok(reached) => reached,
             Err(fault) => return (pinned, Err(Next::AnyPlacer(fault))),
         };
@@ -110,7 +110,7 @@ impl Client {
         let left_ms = u32::try_from(left.as_millis()).unwrap_or(BUDGET_MS_MAX).max(1);
         let budget_ms = if pinned.is_some() { 0 } else { left_ms };
         let head = LaunchHead { budget_ms, named };
-        let launch = stream::launch(&connection, head, request);
+        let launch = async { open.lane.launch(head, request)?.await };
         let reply = match tokio::time::timeout(left + GRACE, launch).await {
             Ok(Ok(reply)) => Ok(reply),
             Ok(Err(LaunchLost::NotSent(fault))) => Err(Next::AnyPlacer(fault)),

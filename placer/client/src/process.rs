@@ -39,8 +39,8 @@ impl Frames {
 impl Attached {
     /// Sends the call; the answer is still to be read.
     pub(crate) async fn open(client: &Client, call: &Call) -> Result<Self, CallError> {
-        let (_, connection) = client.link_connection().await?;
-        let (mut send, recv) = connection.open_bi().await.map_err(CallError::lost)?;
+        let (_, open) = client.open_link().await?;
+        let (mut send, recv) = open.connection.open_bi().await.map_err(CallError::lost)?;
         write(&mut send, Kind::Call, &call.to_bytes()).await?;
         Ok(Self { send, frames: Frames { recv, scratch: BytesMut::new() } })
     }
@@ -203,7 +203,6 @@ impl Process {
     ///
     /// # Errors
     /// [`CallError`].
-    #[expect(clippy::should_implement_trait, reason = "asynchronous; `events` is the stream")]
     pub async fn next(&mut self) -> Result<Option<Event>, CallError> {
         if self.exit.is_some() {
             return Ok(None);

@@ -1,7 +1,14 @@
 //! A small fleet inside a test: real certificates, real QUIC and UDP, the placer as it is; only hosts and the aggregator
 //! follow a script.
 
-#![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test's own fixture, of which each test uses a part"
+)]
 
 use std::{
     collections::HashMap,
