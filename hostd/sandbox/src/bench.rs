@@ -71,7 +71,8 @@ pub fn now_ns() -> u64 {
 /// What `clone3` gives.
 pub fn bare_life(program: &Path) -> io::Result<()> {
     let path = sys::c_string(&program.to_string_lossy())?;
-    let argv = [path.clone()];
+    let argv = sys::Strings::new(&[program.to_string_lossy()])?;
+    let env = sys::Strings::new::<&str>(&[])?;
     let flags = libc::CLONE_NEWUSER
         | libc::CLONE_NEWNS
         | libc::CLONE_NEWPID
@@ -86,7 +87,7 @@ pub fn bare_life(program: &Path) -> io::Result<()> {
     match unsafe { sys::clone_process(u64::from(flags.unsigned_abs()), None) }? {
         Cloned::Child => {
             let _ = sys::move_fd(null.as_fd(), 1, false);
-            let _ = sys::execve(&path, &argv, &[]);
+            let _ = sys::execve(&path, &argv, &env);
             sys::exit_now(127)
         }
         Cloned::Parent { pidfd, .. } => {

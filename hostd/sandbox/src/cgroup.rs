@@ -81,6 +81,19 @@ impl Layout {
         for parent in layout.parents() {
             fs::create_dir_all(parent)?;
         }
+        // All boxes together weigh as much as a busy process a core; by default they would weigh as
+        // much as one.
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+        match &layout {
+            Self::V2(parent) => {
+                let _ = put(&parent.join("cpu.weight"), &(100 * cores).min(10_000).to_string());
+            }
+            Self::V1(list) => {
+                if let Some((_, parent)) = list.iter().find(|(c, _)| *c == "cpu") {
+                    let _ = put(&parent.join("cpu.shares"), &(1024 * cores).to_string());
+                }
+            }
+        }
         if let Self::V2(parent) = &layout {
             put(&parent.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
         }

@@ -100,6 +100,43 @@ pub(crate) unsafe fn fork() -> io::Result<Option<i32>> {
     }
 }
 
+/// Runs `body` in a child that shares this process's memory while the parent stands still, until the
+/// child executes a program or exits: `vfork`, which copies no page table.
+///
+/// `body` must not return to anybody: it ends in `execve` or [`exit_now`].
+///
+/// # Safety
+/// One thread, and `body` must leave the parent's memory as usable as it found it: what it allocates it
+/// frees or leaks, what it borrows it does not change, and it closes no descriptor by dropping an
+/// owner that the parent owns too (descriptors themselves are copies).
+pub(crate) unsafe fn vfork<F: FnOnce()>(body: F) -> io::Result<i32> {
+    const STACK_BYTES: usize = 64 * 1024;
+    extern "C" fn enter<F: FnOnce()>(body: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: the pointer is that of the parent's `body`, which nobody else takes: the parent stands
+        // still until this child is gone, and then only frees the memory that held it.
+        let body = unsafe { body.cast::<std::mem::ManuallyDrop<F>>().as_mut() };
+        if let Some(body) = body {
+            // SAFETY: taken once, here.
+            let body = unsafe { std::mem::ManuallyDrop::take(body) };
+            body();
+        }
+        exit_now(127)
+    }
+    let mut body = std::mem::ManuallyDrop::new(body);
+    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    // SAFETY: the end of `stack`, 16-aligned as a vector of u128 is; the child uses it alone while the
+    // parent stands still in this call, which `CLONE_VFORK` makes sure of.
+    let pid = unsafe {
+        libc::clone(
+            enter::<F>,
+            stack.as_mut_ptr().add(stack.len()).cast(),
+            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+            (&raw mut body).cast(),
+        )
+    };
+    check(libc::c_long::from(pid)).map(|_| pid)
+}
+
 /// `unshare`.
 pub(crate) fn unshare(flags: i32) -> io::Result<()> {
     // SAFETY: takes no pointer; the callers here have one thread, so no other is surprised.
@@ -231,10 +268,35 @@ pub(crate) fn set_ids(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     Ok(())
 }
 
-/// Sets the nice value of this process.
-pub(crate) fn set_nice(nice: i32) -> io::Result<()> {
-    // SAFETY: takes no pointer.
-    check(unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, nice) }).map(drop)
+#[repr(C)]
+#[derive(Default)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+fn schedule(pid: i32, nice: i32, slice_ns: u64) -> io::Result<()> {
+    let size = u32::try_from(size_of::<SchedAttr>()).unwrap_or(0);
+    let attr = SchedAttr { size, nice, runtime: slice_ns, ..SchedAttr::default() };
+    // SAFETY: `attr` lives across the call and says its own size.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attr, 0) }).map(drop)
+}
+
+/// Schedules this process (and what it forks) as the launch path wants it: ahead of others, in slices
+/// so short that what just woke need not wait for the end of a long one.
+pub(crate) fn schedule_for_launch() -> io::Result<()> {
+    schedule(0, -20, 100_000)
+}
+
+/// Schedules a process (0: this one) like any other.
+pub(crate) fn schedule_normally(pid: i32) -> io::Result<()> {
+    schedule(pid, 0, 0)
 }
 
 /// Capability numbers that a program in a box may keep, as a bit mask: what a package manager and a
@@ -266,7 +328,10 @@ pub(crate) fn drop_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Reduces this process's own capabilities to [`KEPT_CAPABILITIES`], nothing inheritable.
+/// `CAP_SYS_NICE`: kept by a box's init, outside the bounding set and so beyond its programs.
+const SYS_NICE: u64 = 1 << 23;
+
+/// Reduces init's own capabilities to [`KEPT_CAPABILITIES`] and the one to end a launch's priority.
 pub(crate) fn drop_capabilities() -> io::Result<()> {
     #[repr(C)]
     struct Header {
@@ -280,7 +345,8 @@ pub(crate) fn drop_capabilities() -> io::Result<()> {
         permitted: u32,
         inheritable: u32,
     }
-    let word = |n: u32| u32::try_from((KEPT_CAPABILITIES >> n) & 0xffff_ffff).unwrap_or(0);
+    let kept = KEPT_CAPABILITIES | SYS_NICE;
+    let word = |n: u32| u32::try_from((kept >> n) & 0xffff_ffff).unwrap_or(0);
     let header = Header { version: 0x2008_0522, pid: 0 };
     let sets = [0, 32].map(|n| Sets { effective: word(n), permitted: word(n), inheritable: 0 });
     // SAFETY: version 3 of the call reads one header and two sets; both live across it.
@@ -359,15 +425,37 @@ pub(crate) fn take_terminal(slave: BorrowedFd<'_>) -> io::Result<()> {
         .map(drop)
 }
 
+/// Strings for `execve`, with the array of pointers that it takes: made before a fork, so that the
+/// child allocates nothing.
+pub(crate) struct Strings {
+    pointers: Vec<*const libc::c_char>,
+    _owned: Vec<CString>,
+}
+
+impl Strings {
+    /// Fails on a string with a zero byte.
+    pub(crate) fn new<S: AsRef<str>>(list: &[S]) -> io::Result<Self> {
+        let owned = list.iter().map(|s| c_string(s.as_ref())).collect::<io::Result<Vec<_>>>()?;
+        let pointers = owned.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect();
+        Ok(Self { pointers, _owned: owned })
+    }
+}
+
 /// `execve`; returns only the error.
-pub(crate) fn execve(path: &CStr, argv: &[CString], env: &[CString]) -> io::Error {
-    let list = |v: &[CString]| -> Vec<*const libc::c_char> {
-        v.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
-    };
-    let (argv, env) = (list(argv), list(env));
-    // SAFETY: both arrays end in a null pointer and point at C strings that live across the call.
-    unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+pub(crate) fn execve(path: &CStr, argv: &Strings, env: &Strings) -> io::Error {
+    // SAFETY: both arrays end in a null pointer and point at C strings that their owners keep alive
+    // and in place (a CString's bytes do not move with it).
+    unsafe { libc::execve(path.as_ptr(), argv.pointers.as_ptr(), env.pointers.as_ptr()) };
     io::Error::last_os_error()
+}
+
+/// Whether the working directory is beneath the root: otherwise the kernel says "(unreachable)".
+pub(crate) fn is_beneath_root() -> bool {
+    let mut path = [0_u8; libc::PATH_MAX as usize];
+    // SAFETY: `path` lives across the call with its true length. The raw call, because a C library turns
+    // the kernel's word into an error of its own.
+    let length = unsafe { libc::syscall(libc::SYS_getcwd, path.as_mut_ptr(), path.len()) };
+    length > 0 && path[0] == b'/'
 }
 
 /// Ends this process at once, with no destructor or exit handler of the parent's run.

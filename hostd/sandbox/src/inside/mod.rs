@@ -98,7 +98,7 @@ fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::
     tell_with(control, &FromBox::Started { steps }, &master);
     drop(started.master);
     // The launch is over: from here on this process is worth no more than the program.
-    let _ = sys::set_nice(0);
+    let _ = sys::schedule_normally(0);
     Ok(serve::Serving::new(started.pid, children, claim.limits))
 }
 

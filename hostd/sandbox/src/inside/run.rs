@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
@@ -38,8 +38,9 @@ enum Stage {
 struct Launch<'a> {
     program: &'a Program,
     user: User,
-    argv: Vec<CString>,
-    env: Vec<CString>,
+    argv: sys::Strings,
+    env: sys::Strings,
+    cwd: CString,
     candidates: Vec<CString>,
     open_files: u64,
 }
@@ -62,16 +63,18 @@ pub(super) fn start(
     };
     let (status_in, status_out) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
         .map_err(|e| Fault::os("status pipe", &e.into()))?;
-    // SAFETY: a box's init has one thread.
-    let pid = match unsafe { sys::fork() }.map_err(|e| Fault::os("fork", &e))? {
-        None => become_program(&launch, &stdio, &status_out),
-        Some(pid) => pid,
-    };
+    // SAFETY: a box's init has one thread. The child moves and closes descriptors by number only and
+    // forgets every owner that it makes; the strings that it allocates it frees or leaks.
+    let forked = unsafe { sys::vfork(|| become_program(&launch, &stdio, &status_out)) };
+    let pid = forked.map_err(|e| Fault::os("fork", &e))?;
     drop(status_out);
     drop(stdio);
     let mut said = Vec::with_capacity(8);
     let read = std::fs::File::from(status_in).take(8).read_to_end(&mut said);
     if read.is_ok() && said.is_empty() {
+        // The program has begun with the priority of the launch; what it may have forked in these
+        // microseconds keeps it, which counts only within the box's own cgroup.
+        let _ = sys::schedule_normally(pid);
         return Ok(Started { pid, master });
     }
     // SAFETY: a null status pointer is allowed. The child has said its last word and is exiting.
@@ -99,7 +102,10 @@ fn why(said: &[u8], program: &Program) -> Fault {
 fn prepare<'a>(program: &'a Program, limits: &Limits) -> Result<Launch<'a>, Fault> {
     let user = users::resolve(&program.user)?;
     let c = |s: &str| sys::c_string(s).map_err(|e| Fault::os("a zero byte in an argument", &e));
-    let argv = program.argv.iter().map(|s| c(s)).collect::<Result<Vec<_>, _>>()?;
+    let strings = |list: &[String]| {
+        sys::Strings::new(list).map_err(|e| Fault::os("a zero byte in an argument", &e))
+    };
+    let argv = strings(&program.argv)?;
     let Some(name) = program.argv.first().filter(|n| !n.is_empty()) else {
         return Err(Fault::NotFound { program: String::new() });
     };
@@ -121,8 +127,11 @@ fn prepare<'a>(program: &'a Program, limits: &Limits) -> Result<Launch<'a>, Faul
         let in_dir = |d: &str| c(&format!("{}/{name}", if d.is_empty() { "." } else { d }));
         path.split(':').map(in_dir).collect::<Result<Vec<_>, _>>()?
     };
-    let env = env.iter().map(|s| c(s)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Launch { program, user, argv, env, candidates, open_files: limits.open_files })
+    let env = strings(&env)?;
+    let cwd = c(if program.cwd.is_empty() { "/" } else { &program.cwd })?;
+    make_directory(&program.cwd)
+        .map_err(|e| Fault::os(&format!("working directory {}", program.cwd), &e))?;
+    Ok(Launch { program, user, argv, env, cwd, candidates, open_files: limits.open_files })
 }
 
 /// Gives the pipes to the program's user, so that it may open `/dev/stdout`.
@@ -192,35 +201,34 @@ fn arrange(
     stdio: &[OwnedFd],
     status: BorrowedFd<'_>,
 ) -> Result<(), (Stage, io::Error)> {
+    // Shares the parent's memory: allocates nothing, so that a child killed half-way leaves the heap whole.
     let at = |stage: Stage| move |error: io::Error| (stage, error);
-    let lift = |fd: BorrowedFd<'_>| sys::dup_above(fd, 64);
-    let status = lift(status).map_err(at(Stage::Stdio))?;
-    let mut lifted = Vec::new();
-    for fd in stdio {
-        lifted.push(lift(fd.as_fd()).map_err(at(Stage::Stdio))?);
-    }
+    let stdio: &[OwnedFd; 3] =
+        stdio.try_into().map_err(|_| (Stage::Stdio, io::ErrorKind::NotFound.into()))?;
+    let lift = |fd: BorrowedFd<'_>| {
+        sys::dup_above(fd, 64).map(std::mem::ManuallyDrop::new).map_err(at(Stage::Stdio))
+    };
+    // Copied out of the way first; `close_from` below closes these, no drop does.
+    let lifted = [lift(stdio[0].as_fd())?, lift(stdio[1].as_fd())?, lift(stdio[2].as_fd())?];
+    let status = lift(status)?;
     rustix::process::setsid().map_err(|e| (Stage::Stdio, e.into()))?;
     if launch.program.tty.is_some() {
-        let slave = lifted.first().ok_or((Stage::Stdio, io::ErrorKind::NotFound.into()))?;
-        sys::take_terminal(slave.as_fd()).map_err(at(Stage::Stdio))?;
+        sys::take_terminal(lifted[0].as_fd()).map_err(at(Stage::Stdio))?;
     }
     for (number, fd) in (0..).zip(&lifted) {
         sys::move_fd(fd.as_fd(), number, false).map_err(at(Stage::Stdio))?;
     }
     sys::move_fd(status.as_fd(), 3, true).map_err(at(Stage::Stdio))?;
-    // These go with `close_from` below, not by drop.
-    lifted.into_iter().chain([status]).for_each(|fd| {
-        debug_assert!(fd.as_raw_fd() >= 64);
-        std::mem::forget(fd);
-    });
     sys::close_from(4).map_err(at(Stage::Stdio))?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let _ = sys::set_nice(0);
     let (_, hard) = sys::open_files_limit();
     let hard = launch.open_files.min(hard);
     sys::set_rlimit(libc::RLIMIT_NOFILE, hard.min(1024), hard).map_err(at(Stage::Stdio))?;
     sys::set_rlimit(libc::RLIMIT_CORE, NO_CORE, NO_CORE).map_err(at(Stage::Stdio))?;
-    enter_directory(&launch.program.cwd).map_err(at(Stage::Cwd))?;
+    rustix::process::chdir(launch.cwd.as_c_str()).map_err(|e| (Stage::Cwd, e.into()))?;
+    if !sys::is_beneath_root() {
+        return Err((Stage::Cwd, io::Error::from_raw_os_error(libc::EXDEV)));
+    }
     let user = &launch.user;
     sys::set_ids(user.uid, user.gid, &user.groups).map_err(at(Stage::Ids))?;
     sys::default_pipe_signal();
@@ -228,23 +236,15 @@ fn arrange(
     Ok(())
 }
 
-/// Makes the working directory where absent and enters it. What is not beneath the root shows as
-/// "(unreachable)" and is refused.
-fn enter_directory(cwd: &str) -> io::Result<()> {
-    let cwd = if cwd.is_empty() { "/" } else { cwd };
+/// Makes the working directory where absent.
+fn make_directory(cwd: &str) -> io::Result<()> {
+    if cwd.is_empty() || cwd == "/" {
+        return Ok(());
+    }
     if !cwd.starts_with('/') {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    if rustix::process::chdir(cwd).is_err() {
-        std::fs::create_dir_all(cwd)?;
-        rustix::process::chdir(cwd)?;
-    }
-    let there = rustix::process::getcwd(Vec::new())?;
-    if there.to_bytes().first() == Some(&b'/') {
-        Ok(())
-    } else {
-        Err(io::Error::from_raw_os_error(libc::EXDEV))
-    }
+    if std::path::Path::new(cwd).exists() { Ok(()) } else { std::fs::create_dir_all(cwd) }
 }
 
 fn execute(launch: &Launch<'_>) -> io::Error {

@@ -153,7 +153,7 @@ fn harden() -> io::Result<()> {
     let (_, hard) = sys::open_files_limit();
     sys::set_rlimit(libc::RLIMIT_NOFILE, hard, hard)?;
     // A launch must not wait for a scheduler's slice of something else.
-    let _ = sys::set_nice(-20);
+    let _ = sys::schedule_for_launch();
     sys::set_name(c"volley-spawner")
 }
 
