@@ -71,6 +71,9 @@ pub struct Report {
     pub verified_ns: Figure,
     /// The shard's part alone, from memory.
     pub shard_ns: Figure,
+    /// The sending thread's processor time a datagram, flooded: sealing, sending, and the kernel's way to the
+    /// receiver's socket, which on a loopback runs in the sender's time.
+    pub sender_ns: Figure,
     /// Heartbeats a second that came in the paced rounds.
     pub paced_per_second: f64,
     /// Cores of the receiving thread at that rate, verified.
@@ -131,14 +134,14 @@ impl Hosts {
         heartbeat.seal(*host, KeyEpoch(1), key, out)
     }
 
-    /// Sends until told to stop; `rate` a second, or as fast as it goes.
-    fn send(&self, to: SocketAddr, rate: Option<f64>, stop: &AtomicBool) -> Result<(), Fault> {
+    /// Sends until told to stop; `rate` a second, or as fast as it goes. Returns its processor time a datagram.
+    fn send(&self, to: SocketAddr, rate: Option<f64>, stop: &AtomicBool) -> Result<f64, Fault> {
         let mut senders = (0..SOCKETS)
             .map(|_| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map(Sender::over))
             .collect::<Result<Vec<_>, _>>()
             .map_err(internal)?;
         let mut out = [0; DATAGRAM_BYTES_MAX];
-        let started = Instant::now();
+        let (started, cpu) = (Instant::now(), thread_time());
         let mut sent = 0usize;
         let mut lap = self.lap.fetch_add(1, Ordering::Relaxed);
         while !stop.load(Ordering::Relaxed) {
@@ -162,7 +165,7 @@ impl Hosts {
                 }
             }
         }
-        Ok(())
+        Ok(ns_each(thread_time() - cpu, sent))
     }
 }
 
@@ -171,6 +174,7 @@ struct Round {
     received: usize,
     cpu: Duration,
     took: Duration,
+    sender_ns: f64,
 }
 
 struct Bench<'a> {
@@ -192,8 +196,9 @@ impl Bench<'_> {
             let sender = scope.spawn(|| self.hosts.send(to, rate, &stop));
             let round = receive(&mut receiver, shard, self.options.time);
             stop.store(true, Ordering::Relaxed);
-            sender.join().map_err(|_| internal("the sending thread panicked"))??;
-            round
+            let sender_ns =
+                sender.join().map_err(|_| internal("the sending thread panicked"))??;
+            round.map(|round| Round { sender_ns, ..round })
         })?;
         self.dropped += receiver.kernel_drops();
         Ok(round)
@@ -219,7 +224,7 @@ fn receive(
         });
         received += got.map_err(internal)?;
     }
-    let round = Round { received, cpu: thread_time() - cpu, took: from.elapsed() };
+    let round = Round { received, cpu: thread_time() - cpu, took: from.elapsed(), sender_ns: 0.0 };
     if let Some(shard) = shard {
         let accepted = shard.counters().accepted - before;
         // All were sealed by their hosts and new: the figure is of verified heartbeats only.
@@ -252,11 +257,13 @@ pub fn run(options: &Options) -> Result<Report, Fault> {
     let bench = Bench { options, hosts: &hosts, dropped: 0, engine: options.engine };
     let bench = std::cell::RefCell::new(bench);
     let shard = std::cell::RefCell::new(shard);
+    let mut sender_ns = Vec::new();
     let [raw_ns, verified_ns] = alternate::<Fault, 2>(
         options.rounds,
         [
             &mut || {
                 let round = bench.borrow_mut().round(None, None)?;
+                sender_ns.push(round.sender_ns);
                 Ok(ns_each(round.cpu, round.received))
             },
             &mut || {
@@ -283,6 +290,7 @@ pub fn run(options: &Options) -> Result<Report, Fault> {
         raw_ns,
         verified_ns,
         shard_ns,
+        sender_ns: Figure::of(sender_ns),
         paced_per_second: Figure::of(rates).median,
         paced_cores,
         dropped: bench.dropped,

@@ -8,6 +8,7 @@ mod ceiling;
 mod load;
 mod pace;
 mod report;
+mod sweep;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -15,6 +16,7 @@ use wire::{Code, Fault, limits::STREAMS_MAX};
 
 pub use crate::cpu::RolePid;
 pub use report::{Achieved, Ceiling, LatencyUs, Report, RoleCpu};
+pub use sweep::{Knee, Step, sweep};
 
 /// What a counted launch is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

@@ -5,6 +5,7 @@
 //! path.
 
 pub mod arena;
+pub mod cost;
 pub mod cpu;
 pub mod heartbeat;
 pub mod launch;

@@ -70,6 +70,8 @@ pub struct Row {
     pub batched: Figure,
     /// The same on two threads, together.
     pub batched_on_two: Figure,
+    /// Words of the feed written into the table, hosts in random order.
+    pub fed: Figure,
 }
 
 /// All rows.
@@ -134,16 +136,21 @@ fn row(options: &Options, hosts: usize) -> Result<Row, Fault> {
         word.store(at as u64, Ordering::Relaxed);
     }
     let seed = options.seed;
-    let [bare, single, batched, batched_on_two] = alternate::<Fault, 4>(
+    let mut seq = 1;
+    let [bare, single, batched, batched_on_two, fed] = alternate::<Fault, 5>(
         options.rounds,
         [
             &mut || Ok(bare_loop(bare_arena.words(), options.picks, seed)),
             &mut || one_at_a_time(&table, options.picks, seed),
             &mut || in_batches(&table, options.picks, seed, None),
             &mut || on_two(&table, options.picks, seed),
+            &mut || {
+                seq += 1;
+                Ok(feed(&table, &fleet, options.picks, seq))
+            },
         ],
     )?;
-    Ok(Row { hosts, bare, single, batched, batched_on_two })
+    Ok(Row { hosts, bare, single, batched, batched_on_two, fed })
 }
 
 /// Millions a second.
@@ -228,6 +235,17 @@ fn on_two(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
     })
 }
 
+fn feed(table: &Table<'_>, fleet: &[(HostId, HostAddr)], count: usize, seq: u64) -> f64 {
+    let mut rng = SmallRng::seed_from_u64(seq);
+    let word = CapacityWord::new(FREE, 0, Stamp::of(Seq(seq)));
+    let from = Instant::now();
+    for _ in 0..count {
+        let at = (u64::from(rng.next_u32()) * fleet.len() as u64) >> 32;
+        table.feed(fleet[at as usize].0, word);
+    }
+    rate(count, from)
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pages = if self.huge { "huge pages asked for" } else { "4 KB pages" };
@@ -248,6 +266,7 @@ impl fmt::Display for Report {
             writeln!(f, "    64 at a time     {}", row.batched)?;
             let times = row.batched_on_two.median / row.batched.median;
             writeln!(f, "    on two threads   {}; {times:.2} times one", row.batched_on_two)?;
+            writeln!(f, "    words fed        {}", row.fed)?;
         }
         if let [first, .., last] = &self.rows[..] {
             let ratio = first.batched.median / last.batched.median;
