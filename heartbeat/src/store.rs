@@ -5,6 +5,8 @@
 //! highest: so an older heartbeat never overwrites a newer one, whoever writes last (DESIGN 1, invariant 3).
 
 pub mod embedded;
+mod said;
+pub mod scylla;
 
 use std::sync::Arc;
 
@@ -91,7 +93,7 @@ pub async fn open(url: &str) -> Result<Arc<dyn Store>, StoreError> {
         Some(("embedded", path)) if path.starts_with('/') => {
             Ok(Arc::new(embedded::EmbeddedStore::open(path.as_ref())?))
         }
-
+        Some(("scylla", place)) => Ok(Arc::new(scylla::ScyllaStore::open(place).await?)),
         _ => Err(bad(url)),
     }
 }
@@ -105,7 +107,7 @@ pub async fn init(url: &str, replicas: u32) -> Result<(), StoreError> {
         Some(("embedded", path)) if path.starts_with('/') => {
             embedded::EmbeddedStore::open(path.as_ref()).map(drop)
         }
-
+        Some(("scylla", place)) => scylla::init(place, replicas).await,
         _ => Err(bad(url)),
     }
 }

@@ -1,6 +1,8 @@
 //! A fleet in a scratch directory: authority, aggregators, senders, and what a placer would read.
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod cassandra;
+
 use std::{
     net::SocketAddr,
     path::PathBuf,
