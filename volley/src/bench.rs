@@ -14,7 +14,7 @@ use volley_client::Code;
 use crate::{
     client::{ClientFile, ClientFlags, Session},
     dev::{
-        self, cancellable,
+        self,
         fleet::{Boxes, Fleet, Wanted},
     },
     failure::Failure,
@@ -184,7 +184,11 @@ fn on_fleet(
 
 fn measure(flags: &LaunchFlags, base: Options, stop: &CancellationToken) -> Result<(), Failure> {
     let options = flags.options(base);
-    let report = cancellable(stop, move || bench::launch::run(&options))??;
+    let tend = || match stop.is_cancelled() {
+        true => Err(Failure::new(Code::Cancelled, "stopped before it was measured")),
+        false => Ok(()),
+    };
+    let report = dev::meanwhile(tend, move || bench::launch::run(&options))??;
     match flags.output.output {
         Form::Json => show::json(&report)?,
         Form::Table => print(report.to_string().trim_end())?,

@@ -177,7 +177,7 @@ pub(crate) fn start(fleet: &Fleet) -> Result<Vec<Role>, Failure> {
     let mut roles = Vec::with_capacity(fleet.roles.len());
     for file in &fleet.roles {
         let log = fleet.state.join("log").join(format!("{}.log", file.name));
-        roles.push(Role::start(file.role, &file.name, &file.config, &log)?);
+        roles.push(Role::start(file, &log)?);
     }
     for role in &mut roles {
         role.wait_ready()?;
@@ -216,10 +216,7 @@ pub(crate) fn await_hosts(
         if alive >= usize::from(hosts) {
             return Ok(());
         }
-        check(roles)?;
-        if stop.is_cancelled() {
-            return Err(cancelled());
-        }
+        tend(roles, stop)?;
         if Instant::now() > deadline {
             let seconds = FLEET_READY_MAX.as_secs();
             let what = match known {
@@ -233,8 +230,12 @@ pub(crate) fn await_hosts(
     }
 }
 
-fn check(roles: &mut [Role]) -> Result<(), Failure> {
-    roles.iter_mut().find_map(Role::ended).map_or(Ok(()), |(_, failure)| Err(failure))
+/// What is done while something else is waited for: roles that ended are started again.
+fn tend(roles: &mut [Role], stop: &CancellationToken) -> Result<(), Failure> {
+    if stop.is_cancelled() {
+        return Err(cancelled());
+    }
+    roles.iter_mut().try_for_each(Role::keep_running)
 }
 
 /// Prepares the machine's own shell as an image; says how many programs it has.
@@ -317,7 +318,7 @@ pub(crate) async fn first_launch(
 fn fire(
     flags: &Flags,
     fleet: &Fleet,
-    roles: &[Role],
+    roles: &mut [Role],
     stop: &CancellationToken,
 ) -> Result<(), Failure> {
     let (claim, in_flight) = match flags.boxes {
@@ -339,7 +340,7 @@ fn fire(
         progress: std::io::stderr().is_terminal(),
         ..options(fleet, roles)
     };
-    let report = cancellable(stop, move || bench::launch::run(&options))??;
+    let report = meanwhile(|| tend(roles, stop), move || bench::launch::run(&options))??;
     print(format!("burst of {} launches:\n{report}", flags.burst).trim_end())?;
     judge(&report)
 }
@@ -371,16 +372,14 @@ fn judge(report: &Report) -> Result<(), Failure> {
     Err(Failure::new(Code::FleetFailing, what).hint("see the logs in the state directory's `log`"))
 }
 
-/// Runs something that blocks on a thread, and leaves it there when the stop comes first.
-pub(crate) fn cancellable<T: Send + 'static>(
-    stop: &CancellationToken,
+/// Runs something that blocks on a thread, and tends to other things until it is done; an error there leaves it.
+pub(crate) fn meanwhile<T: Send + 'static>(
+    mut tend: impl FnMut() -> Result<(), Failure>,
     task: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
     let task = std::thread::spawn(task);
     while !task.is_finished() {
-        if stop.is_cancelled() {
-            return Err(cancelled());
-        }
+        tend()?;
         std::thread::sleep(Duration::from_millis(10));
     }
     task.join().map_err(|_| Failure::new(Code::Internal, "the bench ended in a panic"))
@@ -410,7 +409,7 @@ fn next_commands(flags: &Flags, fleet: &Fleet) -> String {
 /// Stays up until it is told to stop, or a role ends by itself.
 fn stay(roles: &mut [Role], stop: &CancellationToken) -> Result<(), Failure> {
     while !stop.is_cancelled() {
-        check(roles)?;
+        tend(roles, stop)?;
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())

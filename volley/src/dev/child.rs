@@ -9,7 +9,7 @@ use std::{
     io::{BufRead as _, BufReader},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     sync::mpsc,
     time::{Duration, Instant},
 };
@@ -17,7 +17,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use wire::Code;
 
-use crate::failure::Failure;
+use crate::{dev::fleet::RoleFile, failure::Failure};
 
 /// Time for a role to be ready. It takes milliseconds; a machine under load takes longer.
 const READY_MAX: Duration = Duration::from_secs(20);
@@ -28,38 +28,37 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 /// Lines of a log that are shown with a failure.
 const LOG_LINES: usize = 12;
 
+/// Restarts of one role before the fleet is given up.
+const RESTARTS_MAX: u32 = 5;
+
 /// One role that runs.
 #[derive(Debug)]
 pub(crate) struct Role {
-    name: String,
+    file: RoleFile,
     log: PathBuf,
     child: Child,
     ready: mpsc::Receiver<String>,
+    restarts: u32,
 }
 
 impl Role {
     /// Starts `volley <role> --config FILE`, logging to `log`.
-    pub(crate) fn start(
-        role: &str,
-        name: &str,
-        config: &Path,
-        log: &Path,
-    ) -> Result<Self, Failure> {
-        let fail = |error| Failure::io(format!("cannot start {name}"), &error);
-        let exe = std::env::current_exe().map_err(fail)?;
-        let mut child = Command::new(exe)
-            .arg(role)
-            .arg("--with-parent")
-            .arg("--config")
-            .arg(config)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(File::create(log).map_err(fail)?)
-            .process_group(0)
-            .spawn()
-            .map_err(fail)?;
-        let ready = watch(child.stdout.take());
-        Ok(Self { name: name.to_owned(), log: log.to_owned(), child, ready })
+    pub(crate) fn start(file: &RoleFile, log: &Path) -> Result<Self, Failure> {
+        let (child, ready) = spawn(file, log, File::create(log))?;
+        Ok(Self { file: file.clone(), log: log.to_owned(), child, ready, restarts: 0 })
+    }
+
+    /// Starts it again if it ended by itself, and says so.
+    pub(crate) fn keep_running(&mut self) -> Result<(), Failure> {
+        let Some(status) = self.child.try_wait().ok().flatten() else { return Ok(()) };
+        if self.restarts == RESTARTS_MAX {
+            return Err(self.failed(&format!("it ended by itself again ({status})")));
+        }
+        self.restarts += 1;
+        eprintln!("volley dev: {} ended by itself ({status}); starting it again", self.file.name);
+        let log = File::options().append(true).create(true).open(&self.log);
+        (self.child, self.ready) = spawn(&self.file, &self.log, log)?;
+        Ok(())
     }
 
     /// Waits for the role's `ready` line.
@@ -88,14 +87,8 @@ impl Role {
             .find_map(|line| line.strip_prefix("error[")?.split(']').next())
             .and_then(|name| Code::ALL.iter().copied().find(|code| code.name() == name))
             .unwrap_or(Code::Internal);
-        Failure::new(code, format!("{}: {what}; the end of its log:\n  {tail}", self.name))
+        Failure::new(code, format!("{}: {what}; the end of its log:\n  {tail}", self.file.name))
             .hint(format!("the whole log is {}", self.log.display()))
-    }
-
-    /// Says if the role ended by itself.
-    pub(crate) fn ended(&mut self) -> Option<(ExitStatus, Failure)> {
-        let status = self.child.try_wait().ok().flatten()?;
-        Some((status, self.failed(&format!("it ended by itself ({status})"))))
     }
 
     /// The process id.
@@ -105,13 +98,13 @@ impl Role {
 
     /// The process, for a bench that counts its processor time: hostds are counted together.
     pub(crate) fn metered(&self) -> bench::launch::RolePid {
-        let role = self.name.split('-').next().unwrap_or_default().to_owned();
+        let role = self.file.name.split('-').next().unwrap_or_default().to_owned();
         bench::launch::RolePid { role, pid: self.pid() }
     }
 
     /// Its name in messages and in the names of its files.
     pub(crate) fn name(&self) -> &str {
-        &self.name
+        &self.file.name
     }
 
     /// Asks it to stop.
@@ -127,7 +120,7 @@ impl Role {
         let deadline = Instant::now() + STOP_MAX;
         while let Ok(None) = self.child.try_wait() {
             if Instant::now() >= deadline {
-                eprintln!("volley dev: {} does not stop; killing it", self.name);
+                eprintln!("volley dev: {} does not stop; killing it", self.file.name);
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 return;
@@ -142,6 +135,29 @@ impl Drop for Role {
         self.ask_to_stop();
         self.wait_stopped();
     }
+}
+
+fn spawn(
+    file: &RoleFile,
+    log_path: &Path,
+    log: std::io::Result<File>,
+) -> Result<(Child, mpsc::Receiver<String>), Failure> {
+    let fail = |error| Failure::io(format!("cannot start {}", file.name), &error);
+    let log = log.map_err(|error| Failure::io(log_path.display(), &error))?;
+    let exe = std::env::current_exe().map_err(fail)?;
+    let mut child = Command::new(exe)
+        .arg(file.role)
+        .arg("--with-parent")
+        .arg("--config")
+        .arg(&file.config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .map_err(fail)?;
+    let ready = watch(child.stdout.take());
+    Ok((child, ready))
 }
 
 /// Passes on the `ready` line; the channel closes with the child's output.

@@ -83,7 +83,7 @@ pub(crate) struct Fleet {
 }
 
 /// A role to start.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct RoleFile {
     /// Its subcommand.
     pub(crate) role: &'static str,

@@ -1,0 +1,193 @@
+//! A dev fleet with real sandboxes, as a user sees it: run, exec, logs, files, limits of what is there, and the end.
+
+use std::{
+    fs,
+    io::Write as _,
+    process::{Command, Stdio},
+};
+
+use tests::fleet::{Fleet, Ran, can_box, volley};
+
+#[test]
+fn a_user_runs_things_in_real_sandboxes() {
+    if !can_box() {
+        return;
+    }
+    let before = Leftovers::now();
+    let fleet = Fleet::up(&["--hosts", "2", "--burst", "50"]);
+    let said = fleet.said.join("\n");
+    assert!(said.contains("uid=0(root)") && said.contains("launches/sec"), "{said}");
+
+    run_passes_on(&fleet);
+    detached(&fleet);
+    files(&fleet);
+    refusals(&fleet);
+
+    assert_eq!(fleet.stop(), Some(0));
+    let after = Leftovers::now();
+    assert_eq!(before, after, "a stopped fleet leaves nothing behind");
+}
+
+/// What a fleet could leave: processes of ours, mounts, cgroups.
+#[derive(Debug, PartialEq, Eq)]
+struct Leftovers {
+    mounts: Vec<String>,
+    cgroups: Vec<String>,
+}
+
+impl Leftovers {
+    fn now() -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mut mounts: Vec<_> = mounts
+            .lines()
+            .filter_map(|line| Some(line.split(' ').nth(4)?.to_owned()))
+            .filter(|place| place.contains("volley") || place.contains("/dev/state"))
+            .collect();
+        mounts.sort();
+        let mut cgroups = Vec::new();
+        for controller in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let inside = fs::read_dir(controller.path()).into_iter().flatten().flatten();
+            let ours = inside.filter(|e| e.file_name().to_string_lossy().contains("volley"));
+            for group in ours {
+                // A host's own group may stay; a box's in it may not.
+                let boxes = fs::read_dir(group.path()).into_iter().flatten().flatten();
+                let boxes = boxes.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
+                cgroups.extend(boxes.map(|e| e.path().display().to_string()));
+            }
+        }
+        cgroups.sort();
+        Self { mounts, cgroups }
+    }
+}
+
+fn run_passes_on(fleet: &Fleet) {
+    let command = ["sh", "-c", "id; cat /proc/1/comm; exit 7"];
+    let ran = fleet.run([&["run", "--image", "shell", "--"][..], &command].concat());
+    assert_eq!(ran.code, Some(7), "{ran:?}");
+    assert!(ran.stdout.starts_with("uid=0(root) gid=0(root)"), "{ran:?}");
+    assert_eq!(ran.stdout.lines().count(), 2, "{ran:?}");
+
+    let env = ["run", "--image", "shell", "-e", "A=b c", "-w", "/tmp", "--", "sh", "-c"];
+    let ran = fleet.run([&env[..], &["echo \"$A\"; pwd; echo err >&2"]].concat());
+    assert_eq!((ran.assert_done(), ran.stderr.as_str()), ("b c\n/tmp\n", "err\n"));
+
+    let mut piped = fleet.command(["run", "-i", "--image", "shell", "--", "sort", "-n"]);
+    let piped = piped.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"10\n9\n1\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "1\n9\n10\n", "{output:?}");
+
+    let ran = fleet.run(["run", "--image", "shell", "--", "sh", "-c", "kill -9 $$"]);
+    assert_eq!(ran.code, Some(137), "{ran:?}");
+}
+
+fn detached(fleet: &Fleet) {
+    let command = "echo out; echo err >&2; trap 'exit 3' TERM; while :; do sleep 0.05; done";
+    let args = ["run", "-d", "--image", "shell", "-l", "job=42", "--", "sh", "-c", command];
+    let ran = fleet.run(args);
+    let id = ran.assert_done().trim().to_owned();
+    assert!(id.starts_with("sb-"), "{id}");
+
+    let list = fleet.run(["ls", "-l", "job=42", "-o", "json"]);
+    let list: serde_json::Value = serde_json::from_str(list.assert_done()).unwrap();
+    assert_eq!(list[0]["sandbox"], id.as_str());
+    assert_eq!(list[0]["state"], "running");
+    assert_eq!(list[0]["labels"][0][1], "42");
+    assert_eq!(list.as_array().unwrap().len(), 1, "{list}");
+
+    let ran = fleet.run(["exec", &id, "--", "sh", "-c", "echo inside; exit 4"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(4), "inside\n"), "{ran:?}");
+    let ran = fleet.run(["exec", &id, "--", "no-such-program"]);
+    ran.assert_error("command-not-found", 3);
+
+    let _ = fleet.run(["pause", &id]).assert_done();
+    let paused = fleet.run(["inspect", &id, "-o", "json"]);
+    let paused: serde_json::Value = serde_json::from_str(paused.assert_done()).unwrap();
+    assert_eq!(paused["state"], "paused");
+    let _ = fleet.run(["resume", &id]).assert_done();
+
+    let stats = fleet.run(["stats", &id, "-o", "json"]);
+    let stats: serde_json::Value = serde_json::from_str(stats.assert_done()).unwrap();
+    assert!(stats[0]["pids"].as_u64().unwrap() >= 1, "{stats}");
+
+    let logs = fleet.run(["logs", &id]);
+    assert_eq!((logs.assert_done(), logs.stderr.as_str()), ("out\n", "err\n"));
+
+    let _ = fleet.run(["kill", "--signal", "TERM", &id]).assert_done();
+    let waited = fleet.run(["wait", &id, "-o", "json"]);
+    let waited: serde_json::Value = serde_json::from_str(waited.assert_done()).unwrap();
+    assert_eq!(waited[0]["code"], 3, "{waited}");
+
+    let ran = fleet.run(["run", "-d", "--image", "shell", "--", "sleep", "1000"]);
+    let id = ran.assert_done().trim().to_owned();
+    let _ = fleet.run(["kill", &id]).assert_done();
+    let waited = fleet.run(["wait", &id, "-o", "json"]);
+    let waited: serde_json::Value = serde_json::from_str(waited.assert_done()).unwrap();
+    assert_eq!(waited[0]["why"], "killed", "{waited}");
+
+    let ran = fleet.run(["run", "--image", "shell", "--timeout", "300ms", "--", "sleep", "1000"]);
+    assert_eq!(ran.code, Some(137), "{ran:?}");
+    assert!(ran.stderr.contains("its time was over"), "{ran:?}");
+}
+
+fn files(fleet: &Fleet) {
+    let ran = fleet.run(["run", "-d", "--image", "shell", "--", "sleep", "1000"]);
+    let id = ran.assert_done().trim().to_owned();
+    let scratch = tempfile::tempdir().unwrap();
+    let local = scratch.path().join("in");
+    fs::create_dir(&local).unwrap();
+    fs::write(local.join("a"), "first\n").unwrap();
+    fs::write(local.join("b"), vec![7u8; 600_000]).unwrap();
+    let inside = format!("{id}:/tmp/copy");
+    let _ = fleet.run(["cp", local.to_str().unwrap(), &inside]).assert_done();
+    let ran = fleet.run(["exec", &id, "--", "cat", "/tmp/copy/a"]);
+    assert_eq!(ran.assert_done(), "first\n");
+    let back = scratch.path().join("out");
+    let _ = fleet.run(["cp", &inside, back.to_str().unwrap()]).assert_done();
+    assert_eq!(fs::read(back.join("b")).unwrap(), vec![7u8; 600_000]);
+    fleet.run(["cp", &format!("{id}:/none"), "."]).assert_error("not-found", 3);
+    let _ = fleet.run(["kill", &id]).assert_done();
+}
+
+fn refusals(fleet: &Fleet) {
+    let ran = fleet.run(["run", "--image", "none", "--", "true"]);
+    ran.assert_error("image-not-found", 3);
+    let ran = fleet.run(["run", "--image", "shell", "--", "no-such-program"]);
+    ran.assert_error("command-not-found", 3);
+    let ran = fleet.run(["run", "--image", "shell", "--user", "nobody-here", "--", "true"]);
+    ran.assert_error("user-not-found", 3);
+
+    // Large ones until no host has room: eight fit each host of a dev fleet.
+    let large = ["run", "-d", "--image", "shell", "--shape", "large", "-l", "large=1", "--"];
+    let mut refused = None;
+    for _ in 0..40 {
+        let ran = fleet.run([&large[..], &["sleep", "1000"]].concat());
+        if ran.code != Some(0) {
+            refused = Some(ran);
+            break;
+        }
+    }
+    refused.expect("a fleet has an end").assert_error("no-capacity", 5);
+    let list = fleet.run(["ls", "-l", "large=1", "-o", "json"]);
+    let list: serde_json::Value = serde_json::from_str(list.assert_done()).unwrap();
+    let ids = list.as_array().unwrap().iter().map(|row| row["sandbox"].as_str().unwrap());
+    let ids: Vec<_> = ids.collect();
+    assert_eq!(ids.len(), 16, "{list}");
+    let _ = fleet.run([&["kill"][..], &ids].concat()).assert_done();
+}
+
+#[test]
+fn the_first_command_of_the_readme_ends_by_itself_when_asked() {
+    if !can_box() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let mut dev = Command::new(volley());
+    dev.args(["dev", "--once", "--burst", "100", "--state"]).arg(scratch.path().join("dev"));
+    let ran = Ran::of(&mut dev);
+    let said = ran.assert_done();
+    assert!(said.contains("hello from pid"), "{ran:?}");
+    assert!(said.contains("launches/sec: programs running"), "{ran:?}");
+    assert!(said.contains("ceiling"), "{ran:?}");
+}
