@@ -64,6 +64,14 @@ pub(crate) struct Outlets {
     pub(crate) batches: mpsc::Sender<(usize, Batch)>,
 }
 
+/// All ends of one receiver thread.
+pub(crate) struct Ends {
+    pub(crate) receiver: Receiver,
+    pub(crate) handover: Handover,
+    pub(crate) inbox: mpsc::Receiver<Ask>,
+    pub(crate) outlets: Outlets,
+}
+
 /// Pauses of one receiver thread, in milliseconds.
 #[derive(Clone, Copy)]
 pub(crate) struct Pauses {
@@ -99,18 +107,15 @@ struct Thread {
 ///
 /// # Errors
 /// If the kernel gives no thread or no second handle on the socket.
-#[expect(clippy::too_many_arguments, reason = "each is another end of the thread")]
 pub(crate) fn spawn(
     at: usize,
     shard: Shard,
-    receiver: Receiver,
-    handover: Handover,
-    inbox: mpsc::Receiver<Ask>,
-    outlets: Outlets,
+    ends: Ends,
     pauses: Pauses,
     clock: Clock,
     stop: CancellationToken,
 ) -> Result<thread::JoinHandle<()>, Fault> {
+    let Ends { receiver, handover, inbox, outlets } = ends;
     let io = |error: std::io::Error| {
         Fault::new(wire::Code::Internal, format!("a receiver thread did not start: {error}"))
     };

@@ -1,18 +1,19 @@
 //! Brings an aggregator up and takes it down.
 
-use std::{net::SocketAddr, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, thread::JoinHandle, time::Duration};
 
 use heartbeat_core::{
     KeyRing, Shard, feed::Subscriptions, liveness::Liveness, quarantine::Quarantine,
+    shard::writes::Batch,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wire::{Code, Fault, seal::Role};
+use wire::{CapacityWord, Code, Fault, HostId, seal::Role};
 use wire_net::{
     objects::{self, object_store::ObjectStore},
     ops, quic,
     tls::{self, Identity},
-    udp::{Receiver, ReceiverOptions},
+    udp::{Receiver, ReceiverOptions, Sender},
 };
 
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     hub::{Drains, Hub, HubFigures},
     metrics::{Metrics, Sources},
     publisher::{PublishFigures, Publisher},
-    receiver::{self, Outlets, Pauses},
+    receiver::{self, Ends, Event, Outlets, Pauses},
     scanner::{self, ScanFigures, Scanner, Watcher},
     shards::{Ask, Clock, INBOX, Shards},
     store::{self, Store},
@@ -161,66 +162,81 @@ fn internal(error: &dyn std::fmt::Display) -> Fault {
     Fault::new(Code::Internal, error.to_string())
 }
 
+/// What the receiver threads' ends are held by.
+struct Inlets {
+    events: mpsc::Receiver<Event>,
+    news: mpsc::Receiver<Vec<(HostId, CapacityWord)>>,
+    batches: mpsc::Receiver<(usize, Batch)>,
+}
+
+/// Receiver threads that run.
+struct Threads {
+    shards: Shards,
+    joins: Vec<JoinHandle<()>>,
+    inlets: Inlets,
+    stop: CancellationToken,
+}
+
+fn start_receivers(
+    config: &Config,
+    keys: &KeyRing,
+    receivers: Vec<Receiver>,
+    clock: Clock,
+) -> Result<Threads, Fault> {
+    let (events, events_in) = mpsc::channel(EVENTS);
+    let (news, news_in) = mpsc::channel(NEWS);
+    let (batches, batches_in) = mpsc::channel(BATCHES);
+    let inlets = Inlets { events: events_in, news: news_in, batches: batches_in };
+    let pauses = Pauses { feed_ms: config.feed_ms, flush_ms: config.flush_ms };
+    let (of, stop) = (config.shards(), CancellationToken::new());
+    let handover = receiver::handover(of);
+    let (mut inboxes, mut joins) = (Vec::new(), Vec::new());
+    for (at, receiver) in (0..of).zip(receivers) {
+        let (inbox, asks) = mpsc::channel(INBOX);
+        inboxes.push(inbox);
+        let outlets =
+            Outlets { events: events.clone(), news: news.clone(), batches: batches.clone() };
+        let shard = Shard::new(at, of, keys.clone(), config.interval_ms);
+        let ends = Ends { receiver, handover: Arc::clone(&handover), inbox: asks, outlets };
+        joins.push(receiver::spawn(at as usize, shard, ends, pauses, clock, stop.clone())?);
+    }
+    Ok(Threads { shards: Shards::new(inboxes), joins, inlets, stop })
+}
+
 /// Starts an aggregator: when this returns, hosts are heard and calls answered, and what the store knows is known.
 ///
 /// # Errors
 /// [`Code::Busy`] for a port or a store's file of another process, [`Code::Config`] for a setting, [`Code::Storage`] for a
 /// store that does not serve.
 pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, Fault> {
-    let Ground { identity, keys, objects, store, receivers, aggregator } = ground(&config).await?;
-    let roles = [Role::Operator, Role::Placer];
-    let endpoint = quic::listen(config.listen, &identity, &roles)?;
-    let admin_addr = endpoint.local_addr().map_err(|error| internal(&error))?;
+    let ground = ground(&config).await?;
+    let endpoint = quic::listen(config.listen, &ground.identity, &[Role::Operator, Role::Placer])?;
     let listener = match config.ops {
         Some(addr) => Some(ops::bind(addr).await?),
         None => None,
     };
-    let ops_addr = listener.as_ref().and_then(|listener| listener.local_addr().ok());
-    let udp = receivers[0].local_addr().map_err(|error| internal(&error))?;
-    let hub_sender = receivers[0].sender().map_err(|error| internal(&error))?;
-
-    let (clock, stop_receivers) = (Clock::new(), CancellationToken::new());
-    let (events, events_in) = mpsc::channel(EVENTS);
-    let (news, news_in) = mpsc::channel(NEWS);
-    let (batches, batches_in) = mpsc::channel(BATCHES);
-    let pauses = Pauses { feed_ms: config.feed_ms, flush_ms: config.flush_ms };
-    let of = config.shards();
-    let handover = receiver::handover(of);
-    let (mut inboxes, mut threads) = (Vec::new(), Vec::new());
-    for (at, receiver) in (0..of).zip(receivers) {
-        let (inbox, asks) = mpsc::channel(INBOX);
-        inboxes.push(inbox);
-        let outlets =
-            Outlets { events: events.clone(), news: news.clone(), batches: batches.clone() };
-        threads.push(receiver::spawn(
-            at as usize,
-            Shard::new(at, of, keys.clone(), config.interval_ms),
-            receiver,
-            Arc::clone(&handover),
-            asks,
-            outlets,
-            pauses,
-            clock,
-            stop_receivers.clone(),
-        )?);
-    }
-    drop((events, news, batches));
-    let shards = Shards::new(inboxes);
-    let drains = Arc::new(Drains::new(Arc::clone(&store), shards.clone(), clock));
+    let clock = Clock::new();
+    let first = &ground.receivers[0];
+    let udp = first.local_addr().map_err(|error| internal(&error))?;
+    let sender = first.sender().map_err(|error| internal(&error))?;
+    let admin = endpoint.local_addr().map_err(|error| internal(&error))?;
+    let Ground { keys, objects, store, receivers, aggregator, .. } = ground;
+    let threads = start_receivers(&config, &keys, receivers, clock)?;
+    let shards = threads.shards;
     let running = Running {
         udp,
-        admin: admin_addr,
-        ops: ops_addr,
+        admin,
+        ops: listener.as_ref().and_then(|listener| listener.local_addr().ok()),
         shards: shards.clone(),
-        drains: Arc::clone(&drains),
-        receivers: threads,
+        drains: Arc::new(Drains::new(Arc::clone(&store), shards, clock)),
+        receivers: threads.joins,
         tasks: TaskTracker::new(),
         stop: stop.clone(),
-        stop_receivers,
+        stop_receivers: threads.stop,
     };
     // Drains first: a host that beats meanwhile must not be told to resume.
-    let restored = match drains.reload().await {
-        Ok(()) => scanner::restore(&*store, &shards).await,
+    let restored = match running.drains.reload().await {
+        Ok(()) => scanner::restore(&*store, &running.shards).await,
         Err(error) => Err(error),
     };
     match restored {
@@ -230,7 +246,40 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
             return Err(error.into());
         }
     }
+    let parts = Parts { config: &config, store, objects, keys, aggregator, clock, sender };
+    let sources = spawn_parts(&running, parts, threads.inlets).await;
+    let calls = Admin { shards: running.shards.clone(), drains: Arc::clone(&running.drains) };
+    running.tasks.spawn(calls.serve(endpoint, stop.clone()));
+    let metrics = Metrics::new();
+    if let Some(listener) = listener {
+        let ready = ops::Ready::default();
+        ready.set(true);
+        let serve = ops::serve_on(listener, Arc::clone(&metrics.registry), ready, stop.clone());
+        running.tasks.spawn(async move {
+            if let Err(fault) = serve.await {
+                tracing::error!(%fault, "metrics are not served any more");
+            }
+        });
+    }
+    running.tasks.spawn(metrics.run(sources, stop));
+    Ok(running)
+}
 
+/// What the tasks are made of.
+struct Parts<'a> {
+    config: &'a Config,
+    store: Arc<dyn Store>,
+    objects: Arc<dyn ObjectStore>,
+    keys: KeyRing,
+    aggregator: u64,
+    clock: Clock,
+    sender: Sender,
+}
+
+/// Starts hub, writer, scanner, watcher and publisher.
+async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sources {
+    let Parts { config, store, objects, keys, aggregator, clock, sender } = parts;
+    let (shards, tasks, stop) = (&running.shards, &running.tasks, &running.stop);
     let (keys_out, keys_in) = watch::channel(keys);
     let (leads_out, leads_in) = watch::channel(false);
     let sources = Sources {
@@ -239,18 +288,17 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
         scan: Arc::new(ScanFigures::default()),
         publish: Arc::new(PublishFigures::default()),
     };
-    let tasks = &running.tasks;
     let hub = Hub {
         shards: shards.clone(),
         clock,
         subscriptions: Subscriptions::new(aggregator),
         quarantine: Quarantine::new(config.quarantine()),
         keys: keys_in,
-        sender: hub_sender,
+        sender,
         figures: Arc::clone(&sources.hub),
     };
-    tasks.spawn(hub.run(events_in, news_in, stop.clone()));
-    tasks.spawn(writer::write_all(Arc::clone(&store), shards.clone(), batches_in));
+    tasks.spawn(hub.run(inlets.events, inlets.news, stop.clone()));
+    tasks.spawn(writer::write_all(Arc::clone(&store), shards.clone(), inlets.batches));
     let scanner = Scanner {
         store: Arc::clone(&store),
         shards: shards.clone(),
@@ -266,9 +314,9 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
         fleet: config.fleet.clone(),
         keys: keys_out,
         shards: shards.clone(),
-        drains: Arc::clone(&drains),
+        drains: Arc::clone(&running.drains),
         store: Arc::clone(&store),
-        revoked: std::collections::BTreeSet::new(),
+        revoked: BTreeSet::new(),
     };
     watcher.look().await;
     tasks.spawn(watcher.run(stop.clone()));
@@ -283,18 +331,5 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
         figures: Arc::clone(&sources.publish),
     };
     tasks.spawn(publisher.run(stop.clone()));
-    tasks.spawn(Admin { shards, drains }.serve(endpoint, stop.clone()));
-    let metrics = Metrics::new();
-    if let Some(listener) = listener {
-        let ready = ops::Ready::default();
-        ready.set(true);
-        let serve = ops::serve_on(listener, Arc::clone(&metrics.registry), ready, stop.clone());
-        tasks.spawn(async move {
-            if let Err(fault) = serve.await {
-                tracing::error!(%fault, "metrics are not served any more");
-            }
-        });
-    }
-    tasks.spawn(metrics.run(sources, stop));
-    Ok(running)
+    sources
 }

@@ -1,4 +1,5 @@
 //! One aggregator over real sockets, an embedded store and a directory of objects.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod fleet;
 

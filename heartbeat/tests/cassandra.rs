@@ -1,4 +1,5 @@
 //! The store against a real Apache Cassandra 5, and an aggregator whose node is stopped under it.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod fleet;
 

@@ -20,7 +20,6 @@ impl Index {
         self.slots.len() * size_of::<u32>()
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "the high bits are what is wanted")]
     fn home(&self, id: u64) -> usize {
         let mixed = (id ^ (id >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed >> 32) as usize & (self.slots.len() - 1)

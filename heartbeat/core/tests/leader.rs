@@ -1,4 +1,5 @@
 //! Publishers against an object store that loses replies, delays writes and answers late: one lineage, ever rising.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use heartbeat_core::leader::{Leader, Put, Want};
 use rand::{Rng, SeedableRng, TryRngCore, rngs::SmallRng};

@@ -1,4 +1,5 @@
 //! The shard, from outside: every rule of PROTOCOL 2 and 3 that could fail, and the faults H1 to H5 without sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -90,7 +90,9 @@ impl EmbeddedStore {
     }
 }
 
-fn load(database: &Database) -> Result<(DashMap<HostId, Row>, DashMap<HostId, Drain>), StoreError> {
+type Loaded = (DashMap<HostId, Row>, DashMap<HostId, Drain>);
+
+fn load(database: &Database) -> Result<Loaded, StoreError> {
     let begin = database.begin_write().map_err(away)?;
     begin.open_table(HOSTS).map_err(away)?;
     begin.open_table(DRAINS).map_err(away)?;
