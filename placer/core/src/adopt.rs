@@ -21,6 +21,9 @@ use crate::{
 #[derive(Debug)]
 pub struct Adopter {
     holes: Vec<u32>,
+    /// Vacant since this adoption. They are filled in the next one, unless the table is full: a thread that stood still
+    /// between its look at a slot and its exchange must not find a new host with the very word of the old one.
+    fresh: Vec<u32>,
     len: usize,
     live: u64,
 }
@@ -56,7 +59,8 @@ impl Adopter {
             is_vacant(CapacityWord(parts.slots[*slot as usize][WORD].load(Ordering::Acquire)))
         };
         let holes: Vec<u32> = slots(len).filter(vacant).collect();
-        let adopter = Self { live: (len - holes.len()) as u64, len, holes };
+        let live = (len - holes.len()) as u64;
+        let adopter = Self { live, len, holes, fresh: Vec::new() };
         if parts.header[ADOPTING_AT].load(Ordering::Relaxed) != 0 {
             adopter.rebuild_index(table);
         }
@@ -78,6 +82,7 @@ impl Adopter {
         if map.len() > table.capacity() {
             return Err(Full { hosts: map.len(), capacity: table.capacity() });
         }
+        self.holes.append(&mut self.fresh);
         table.parts().header[ADOPTING_AT].store(1, Ordering::Relaxed);
         let known = old.filter(|old| old.version() == table.map_version());
         let adopted = match known {
@@ -163,7 +168,7 @@ impl Adopter {
     #[must_use]
     pub fn grow<W: Words, V: Words>(table: &CapacityTable<W>, bigger: &CapacityTable<V>) -> Self {
         assert!(bigger.is_empty() && bigger.capacity() as u64 >= table.live());
-        let mut adopter = Self { holes: Vec::new(), len: 0, live: 0 };
+        let mut adopter = Self { holes: Vec::new(), fresh: Vec::new(), len: 0, live: 0 };
         bigger.parts().header[ADOPTING_AT].store(1, Ordering::Relaxed);
         for slot in 0..table.len() {
             if let Some((host, word)) = table.at(slot) {
@@ -198,10 +203,7 @@ impl Adopter {
         host: HostId,
         heard: Option<CapacityWord>,
     ) -> u32 {
-        let slot = self.holes.pop().unwrap_or_else(|| {
-            self.len += 1;
-            u32::try_from(self.len - 1).unwrap_or(u32::MAX)
-        });
+        let slot = self.free_slot(table.capacity());
         let parts = table.parts();
         let [word, reserved, id, _] = &parts.slots[slot as usize];
         // Another generation: reservations of the slot's last host are not taken off this one's count.
@@ -222,6 +224,18 @@ impl Adopter {
         slot
     }
 
+    /// A slot for a host: `adopt` has checked that there is one.
+    fn free_slot(&mut self, capacity: usize) -> u32 {
+        if let Some(hole) = self.holes.pop() {
+            return hole;
+        }
+        if self.len == capacity {
+            return self.fresh.pop().unwrap_or_else(|| unreachable!("more slots than hosts"));
+        }
+        self.len += 1;
+        u32::try_from(self.len - 1).unwrap_or(u32::MAX)
+    }
+
     fn vacate<W: Words>(&mut self, table: &CapacityTable<W>, host: HostId, slot: u32) {
         let parts = table.parts();
         parts.index.remove(host, slot);
@@ -231,7 +245,7 @@ impl Adopter {
         while let Err(found) = word.exchange(old, VACANT, Ordering::AcqRel, Ordering::Relaxed) {
             old = found;
         }
-        self.holes.push(slot);
+        self.fresh.push(slot);
         self.live -= 1;
     }
 

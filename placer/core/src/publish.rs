@@ -44,18 +44,26 @@ impl<T> Published<T> {
     }
 
     /// A reader for one thread.
-    ///
-    /// # Panics
-    /// As [`Published::replace`].
+    #[cfg(not(loom))]
     pub fn reader(self: &Arc<Self>) -> Reader<T> {
-        #[expect(clippy::unwrap_used, reason = "nothing panics while it is held")]
-        let current = self.current.lock().unwrap();
-        let seen = Cell::load(&self.version, Ordering::Relaxed);
-        Reader { of: Arc::clone(self), seen, held: Arc::clone(&current) }
+        Reader::of(self)
+    }
+
+    /// A reader for one thread. (loom's `Arc` cannot be a receiver.)
+    #[cfg(loom)]
+    pub fn reader(this: &Arc<Self>) -> Reader<T> {
+        Reader::of(this)
     }
 }
 
 impl<T> Reader<T> {
+    fn of(published: &Arc<Published<T>>) -> Self {
+        #[expect(clippy::unwrap_used, reason = "nothing panics while it is held")]
+        let current = published.current.lock().unwrap();
+        let seen = Cell::load(&published.version, Ordering::Relaxed);
+        Self { of: Arc::clone(published), seen, held: Arc::clone(&current) }
+    }
+
     /// The newest value that can be had without waiting.
     #[inline]
     pub fn get(&mut self) -> &Arc<T> {

@@ -3,7 +3,9 @@
 //!
 //! The models run the very code that runs over mapped memory, on loom's atomics. Two kinds of broken cells show that the
 //! models would notice: [`Lossy`] loses updates between a read and a write, [`Weak`] takes every ordering for relaxed.
-//! loom proves safety, not progress; for that, [`Stopping`] ends one thread after `k` of its steps, for each `k`, and the others
+//! loom 0.7 remembers one last access a cell, so that of two reads and a write after them it races only the last read with
+//! the write. Each cell here has a second atomic that every access writes, relaxed: it orders nothing, and makes loom look at
+//! all the interleavings. loom proves safety, not progress; for that, [`Stopping`] ends one thread after `k` of its steps, for each `k`, and the others
 //! must still come to an end (loom fails a model that goes on for ever).
 #![cfg(loom)]
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing fails")]
@@ -31,37 +33,45 @@ trait Made: Cell + 'static {
     fn made() -> Self;
 }
 
-impl Made for AtomicU64 {
-    fn made() -> Self {
-        AtomicU64::new(0)
-    }
-}
-
 macro_rules! wrapped {
     ($(#[$doc:meta])* $name:ident, $load:expr, $store:expr, $exchange:expr) => {
         $(#[$doc])*
-        struct $name(AtomicU64);
+        struct $name {
+            value: AtomicU64,
+            touched: AtomicU64,
+        }
 
         impl Made for $name {
             fn made() -> Self {
-                Self(AtomicU64::new(0))
+                Self { value: AtomicU64::new(0), touched: AtomicU64::new(0) }
             }
         }
 
         impl Cell for $name {
             fn load(&self, order: Ordering) -> u64 {
-                $load(&self.0, order)
+                self.touched.fetch_add(1, Ordering::Relaxed);
+                $load(&self.value, order)
             }
 
             fn store(&self, value: u64, order: Ordering) {
-                $store(&self.0, value, order);
+                self.touched.fetch_add(1, Ordering::Relaxed);
+                $store(&self.value, value, order);
             }
 
             fn exchange(&self, old: u64, new: u64, win: Ordering, lose: Ordering) -> Result<u64, u64> {
-                $exchange(&self.0, old, new, win, lose)
+                self.touched.fetch_add(1, Ordering::Relaxed);
+                $exchange(&self.value, old, new, win, lose)
             }
         }
     };
+}
+
+wrapped! {
+    /// As it is.
+    Sound,
+    AtomicU64::load,
+    AtomicU64::store,
+    AtomicU64::compare_exchange
 }
 
 wrapped! {
@@ -187,8 +197,12 @@ fn count<C: Made>(table: &Table<C>, host: u64) -> u16 {
 }
 
 fn model(body: impl Fn() + Sync + Send + 'static) {
+    model_of(3, body);
+}
+
+fn model_of(preemptions: usize, body: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = Some(preemptions);
     builder.check(body);
 }
 
@@ -216,7 +230,7 @@ fn last_slot<C: Made>() {
 
 #[test]
 fn the_last_slot_is_given_once() {
-    model(last_slot::<AtomicU64>);
+    model(last_slot::<Sound>);
 }
 
 #[test]
@@ -239,19 +253,20 @@ fn settle_against_pick<C: Made>() {
 
 #[test]
 fn a_slot_that_is_settled_is_never_free_in_between() {
-    model(settle_against_pick::<AtomicU64>);
+    model(settle_against_pick::<Sound>);
 }
 
 #[test]
 fn missing_orderings_are_caught() {
-    assert!(is_caught(settle_against_pick::<Weak>));
-    assert!(is_caught(adopt_against_pick::<Weak>));
+    assert!(is_caught(adopt_against_pick::<Weak>), "a slot must not be seen before its id");
+    assert!(is_caught(settle_against_pick::<Weak>), "nor a freed reservation before its word");
 }
 
 #[test]
 fn feed_correction_and_settling_end_with_the_newest_word() {
-    model(|| {
-        let (table, _) = table::<AtomicU64>(1, &[5]);
+    // Three threads: two preemptions are what a model can afford.
+    model_of(2, || {
+        let (table, _) = table::<Sound>(1, &[5]);
         let launch = pick(&table, 1).unwrap();
         let refused = pick(&table, 1).unwrap();
         let table = Arc::new(table);
@@ -275,7 +290,7 @@ fn feed_correction_and_settling_end_with_the_newest_word() {
 #[test]
 fn expiry_never_takes_off_what_is_not_counted() {
     model(|| {
-        let (table, _) = table::<AtomicU64>(1, &[3]);
+        let (table, _) = table::<Sound>(1, &[3]);
         let old = pick(&table, 1).unwrap();
         let table = Arc::new(table);
         let other = Arc::clone(&table);
@@ -309,18 +324,18 @@ fn adopt_against_pick<C: Made>() {
 
 #[test]
 fn a_picked_slot_has_its_host() {
-    model(adopt_against_pick::<AtomicU64>);
+    model(adopt_against_pick::<Sound>);
 }
 
 #[test]
 fn a_slot_that_changes_hands_under_a_pick_keeps_its_count() {
     model(|| {
-        let (table, mut adopter) = table::<AtomicU64>(1, &[2]);
+        let (table, mut adopter) = table::<Sound>(1, &[2]);
         let table = Arc::new(table);
         let other = Arc::clone(&table);
         let adopts = thread::spawn(move || {
             adopt(&mut adopter, &other, &map(2, &[9]));
-            assert!(other.feed(HostId(9), word(2, 1)));
+            assert!(other.feed(HostId(9), word(2, 5)));
         });
         if let Some(one) = pick(&table, 1) {
             assert!([HostId(1), HostId(9)].contains(&one.reservation.host));
@@ -329,7 +344,7 @@ fn a_slot_that_changes_hands_under_a_pick_keeps_its_count() {
         table.correct(HostId(1), word(1, 1));
         adopts.join().unwrap();
         let (now, reserved) = table.get(HostId(9)).unwrap();
-        assert_eq!((now, reserved.count(shape())), (Some(word(2, 1)), 0));
+        assert_eq!((now, reserved.count(shape())), (Some(word(2, 5)), 0));
         assert_eq!(table.slot_of(HostId(1)), None);
     });
 }
@@ -338,7 +353,7 @@ fn a_slot_that_changes_hands_under_a_pick_keeps_its_count() {
 fn a_swap_blocks_no_reader_and_goes_one_way() {
     model(|| {
         let published = Published::new(Arc::new(1u64));
-        let mut reader = published.reader();
+        let mut reader = Published::reader(&published);
         let other = Arc::clone(&published);
         let swaps = thread::spawn(move || {
             assert_eq!(*other.replace(Arc::new(2)), 1);
@@ -355,14 +370,14 @@ fn a_swap_blocks_no_reader_and_goes_one_way() {
 #[test]
 fn growth_under_a_launch_loses_nothing() {
     model(|| {
-        let (small, _) = table::<AtomicU64>(1, &[2]);
+        let (small, _) = table::<Sound>(1, &[2]);
         let published = Published::new(Arc::new(small));
-        let mut reader = published.reader();
+        let mut reader = Published::reader(&published);
         let other = Arc::clone(&published);
         // The feed's thread is the one that grows.
         let grows = thread::spawn(move || {
-            let small = other.reader().get().clone();
-            let bigger = Arc::new(empty::<AtomicU64>(2, 2));
+            let small = Published::reader(&other).get().clone();
+            let bigger = Arc::new(empty::<Sound>(2, 2));
             let _adopter = Adopter::grow(&*small, &*bigger);
             small.feed(HostId(1), word(2, 2));
             other.replace(Arc::clone(&bigger));
