@@ -1,1 +1,30 @@
-//! Being built.
+//! The host daemon: takes launches over QUIC, makes sandboxes, keeps their deadlines, tells the fleet what is free.
+//!
+//! One thread owns a host: its endpoint, its core (`hostd-core`) and its tasks live on one single-threaded runtime,
+//! so that nothing on the launch path takes a lock. That runtime is tokio-uring where the kernel allows it. A
+//! process may serve many hosts, dealt over threads. DESIGN.md beside this crate says what is kept where.
+//!
+//! Left out: how a box is made (`hostd-sandbox`), how an image is mounted (`hostd-image`), what is decided
+//! (`hostd-core`).
+
+mod accept;
+mod beats;
+mod calls;
+mod clock;
+pub mod config;
+mod host;
+mod images;
+mod journal;
+mod lane;
+mod launch;
+mod metrics;
+mod note;
+mod persist;
+mod process;
+mod real;
+mod run;
+mod runtime;
+mod streams;
+
+pub use config::{Boxes, Config, Engine, HostConfig, ShapeConfig};
+pub use run::run;

@@ -30,7 +30,8 @@ pub struct Admission {
     boxes_left: u32,
     boxes_max: u32,
     margin_percent: u8,
-    /// Free slots a shape, kept so that a launch does not divide anew.
+    /// Slots a shape of the empty host, and free ones: kept so that a look does not divide anew.
+    total: [u16; SHAPES_MAX],
     free: [u16; SHAPES_MAX],
     draining: bool,
     sick: bool,
@@ -47,11 +48,13 @@ impl Admission {
             boxes_left: boxes_max,
             boxes_max,
             margin_percent: margin_percent.min(100),
+            total: [0; SHAPES_MAX],
             free: [0; SHAPES_MAX],
             draining: false,
             sick: false,
         };
         this.count();
+        this.total = this.free;
         this
     }
 
@@ -113,10 +116,8 @@ impl Admission {
 
     /// Slots a shape of the empty host.
     #[must_use]
-    pub fn total(&self) -> [u16; SHAPES_MAX] {
-        let boxes = u16::try_from(self.boxes_max).unwrap_or(FREE_MAX);
-        slots_free(self.whole.cpu_millis, self.whole.memory_bytes, &self.needs)
-            .map(|free| free.min(boxes))
+    pub const fn total(&self) -> [u16; SHAPES_MAX] {
+        self.total
     }
 
     /// The true capacity word, as it goes with replies.

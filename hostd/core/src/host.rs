@@ -253,6 +253,22 @@ impl<N> Host<N> {
         self.launches.release(now_ms, sandbox.launch_id);
     }
 
+    /// A claimed sandbox found no box: its launch is refused after all, and nothing of it is left.
+    pub fn handle_no_box(&mut self, now_ms: u64, local: u64, named: bool, code: Code) -> Refused {
+        if let Some(sandbox) = self.sandboxes.remove(&local) {
+            self.free(sandbox.shape);
+            if self.launches.fate(&sandbox.launch_id) == Some(&Fate::Cancelled) {
+                self.launches.release(now_ms, sandbox.launch_id);
+            } else {
+                self.launches.drop_claim(&sandbox.launch_id);
+                if named {
+                    self.launches.refuse(now_ms, sandbox.launch_id, code);
+                }
+            }
+        }
+        Refused { word: self.word(), code }
+    }
+
     /// A sandbox has ended, and nothing of it is left. Returns how, as it is told.
     pub fn handle_exited(&mut self, now_ms: u64, local: u64, exit: Exit) -> Option<Exit> {
         let sandbox = self.sandboxes.get_mut(&local).filter(|sandbox| sandbox.is_live())?;

@@ -106,6 +106,12 @@ impl Launches {
         self.known.get(id).map(|launch| &launch.fate)
     }
 
+    /// The hash of a launch's request.
+    #[must_use]
+    pub fn body(&self, id: &LaunchId) -> Option<BodyHash> {
+        self.known.get(id).map(|launch| launch.body)
+    }
+
     /// Remembers a launch for as long as it lives.
     pub fn remember(&mut self, id: LaunchId, body: BodyHash, fate: Fate) {
         self.known.insert(id, Launch { body, fate, forget_at_ms: None });
@@ -116,6 +122,11 @@ impl Launches {
         if let Some(launch) = self.known.get_mut(id) {
             launch.fate = fate;
         }
+    }
+
+    /// Nothing was done for it after all: it was never known.
+    pub fn drop_claim(&mut self, id: &LaunchId) {
+        self.known.remove(id);
     }
 
     /// Its sandbox is gone or never came: from now on its time runs. Again starts it anew.

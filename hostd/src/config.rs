@@ -1,0 +1,254 @@
+//! Settings of the host daemon. One struct a process; unknown keys are errors.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use hostd_core::{Resources, Shape, Shapes};
+use serde::{Deserialize, Serialize};
+use wire::{Code, Fault, limits::HEARTBEAT_INTERVAL_MS_RANGE};
+
+/// Whether sandboxes are real.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Boxes {
+    /// Real ones; needs root.
+    #[default]
+    Real,
+    /// None: launches are admitted, counted and ended by their deadlines, and run nothing. Heartbeats say so.
+    None,
+}
+
+/// Which runtime drives a host's thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// tokio-uring where the kernel allows it, else tokio.
+    #[default]
+    Auto,
+    /// tokio-uring, or an error.
+    TokioUring,
+    /// tokio.
+    Tokio,
+}
+
+impl Engine {
+    /// Its name in logs and metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::TokioUring => "tokio-uring",
+            Self::Tokio => "tokio",
+        }
+    }
+}
+
+/// One size of sandbox. A fleet has four, the same everywhere, in the same order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShapeConfig {
+    /// What people call it.
+    pub name: String,
+    /// Processor, in thousandths of a core.
+    pub cpu_millis: u64,
+    /// Memory.
+    pub memory_bytes: u64,
+}
+
+/// One host of a process that serves several. Everything else is the same for all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// Directory of its certificate and keys.
+    pub identity: PathBuf,
+    /// Directory of what it keeps.
+    pub state: PathBuf,
+    /// Where it takes launches (QUIC).
+    pub listen: SocketAddr,
+    /// Where placers reach it, if that is another address.
+    #[serde(default)]
+    pub advertise: Option<SocketAddr>,
+}
+
+/// Settings of the host daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Directory of the host's certificate and keys.
+    pub identity: PathBuf,
+    /// Directory of what the host keeps: incarnation, journal, boxes.
+    pub state: PathBuf,
+    /// Where it takes launches (QUIC).
+    pub listen: SocketAddr,
+    /// Where placers reach it, if that is another address.
+    pub advertise: Option<SocketAddr>,
+    /// Where `/metrics`, `/livez` and `/readyz` are served; nowhere if absent.
+    pub ops: Option<SocketAddr>,
+    /// The host's id, as `h-` and 16 hex digits. It stands in the certificate too; here it is only checked.
+    pub host_id: Option<String>,
+    /// Hosts of this process, if it is to serve several; the settings of the one host are then unused.
+    pub hosts: Vec<HostConfig>,
+    /// Threads over which hosts are dealt.
+    pub threads: usize,
+    /// Which runtime drives them.
+    pub engine: Engine,
+    /// Aggregators that heartbeats go to (UDP). None: the host stays unknown.
+    pub aggregators: Vec<SocketAddr>,
+    /// Milliseconds between heartbeats until a directive says otherwise.
+    pub interval_ms: u32,
+    /// Share of the free slots that is not told to the fleet.
+    pub margin_percent: u8,
+    /// Whether sandboxes are real.
+    pub boxes: Boxes,
+    /// With `boxes = "none"`: milliseconds after which one ends of its own; zero at once, absent never (its
+    /// deadline ends it).
+    pub noop_ms: Option<u64>,
+    /// Processor that sandboxes share, in thousandths of a core; absent: all of the machine's.
+    pub cpu_millis: Option<u64>,
+    /// Memory that sandboxes share; absent: three quarters of the machine's.
+    pub memory_bytes: Option<u64>,
+    /// Sandboxes at once.
+    pub boxes_max: u32,
+    /// The fleet's four shapes; absent: nano, small, medium, large.
+    pub shapes: Option<[ShapeConfig; 4]>,
+    /// Boxes kept parked, a shape.
+    pub pool: [u32; 4],
+    /// The object store that images are in.
+    pub objects: String,
+    /// Milliseconds that a sandbox lives whose launch did not say; zero for ever.
+    pub hard_ms: u64,
+    /// Bytes of output kept a process whose launch did not say.
+    pub log_bytes: u64,
+    /// End all sandboxes when the daemon stops. Else they run on and the next start takes them up again.
+    pub stop_ends_sandboxes: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            identity: "/etc/volley/host".into(),
+            state: "/var/lib/volley/host".into(),
+            listen: SocketAddr::from(([0, 0, 0, 0], 7_600)),
+            advertise: None,
+            ops: None,
+            host_id: None,
+            hosts: Vec::new(),
+            threads: 1,
+            engine: Engine::Auto,
+            aggregators: Vec::new(),
+            interval_ms: 15_000,
+            margin_percent: 0,
+            boxes: Boxes::Real,
+            noop_ms: None,
+            cpu_millis: None,
+            memory_bytes: None,
+            boxes_max: 1_000,
+            shapes: None,
+            pool: [4, 4, 2, 0],
+            objects: String::new(),
+            hard_ms: 3_600_000,
+            log_bytes: 1 << 20,
+            stop_ends_sandboxes: false,
+        }
+    }
+}
+
+impl Config {
+    /// The hosts to serve: those listed, else the one.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<HostConfig> {
+        if !self.hosts.is_empty() {
+            return self.hosts.clone();
+        }
+        vec![HostConfig {
+            identity: self.identity.clone(),
+            state: self.state.clone(),
+            listen: self.listen,
+            advertise: self.advertise,
+        }]
+    }
+
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// [`Code::Config`], with the key that is wrong.
+    pub fn check(&self) -> Result<(), Fault> {
+        let bad = |what: String| Err(Fault::new(Code::Config, what));
+        if !HEARTBEAT_INTERVAL_MS_RANGE.contains(&u64::from(self.interval_ms)) {
+            return bad(format!(
+                "interval_ms = {} is outside {HEARTBEAT_INTERVAL_MS_RANGE:?}",
+                self.interval_ms
+            ));
+        }
+        if self.threads == 0 {
+            return bad("threads = 0: at least one is needed".into());
+        }
+        if self.margin_percent > 90 {
+            return bad(format!("margin_percent = {} leaves no host to use", self.margin_percent));
+        }
+        if self.boxes == Boxes::Real && self.hosts().len() > 1 {
+            return bad("hosts: several hosts in one process are for boxes = \"none\" only".into());
+        }
+        if self.boxes == Boxes::Real && self.objects.is_empty() {
+            return bad("objects is not set: real boxes need the store that images are in".into());
+        }
+        if self.boxes == Boxes::Real && self.pool.iter().sum::<u32>() > self.boxes_max {
+            return bad("pool holds more boxes than boxes_max".into());
+        }
+        self.shapes().map(|_| ())
+    }
+
+    /// The shapes.
+    ///
+    /// # Errors
+    /// [`Code::Config`] if two have one name, or one needs nothing.
+    pub fn shapes(&self) -> Result<Shapes, Fault> {
+        let Some(shapes) = &self.shapes else { return Ok(Shapes::default()) };
+        if shapes.iter().any(|shape| shape.cpu_millis == 0 || shape.memory_bytes == 0) {
+            return Err(Fault::new(Code::Config, "shapes: one needs no processor or no memory"));
+        }
+        let shape = |at: usize| Shape {
+            name: shapes[at].name.clone(),
+            need: Resources {
+                cpu_millis: shapes[at].cpu_millis,
+                memory_bytes: shapes[at].memory_bytes,
+            },
+        };
+        Shapes::new([shape(0), shape(1), shape(2), shape(3)])
+            .ok_or_else(|| Fault::new(Code::Config, "shapes: two have one name"))
+    }
+
+    /// What sandboxes share.
+    #[must_use]
+    pub fn whole(&self) -> Resources {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        Resources {
+            cpu_millis: self.cpu_millis.unwrap_or(cores * 1_000),
+            memory_bytes: self.memory_bytes.unwrap_or_else(|| machine_memory() / 4 * 3),
+        }
+    }
+}
+
+fn machine_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit.max(1));
+    info.totalram.saturating_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_errors() {
+        assert!(toml::from_str::<Config>("lisen = \"127.0.0.1:1\"").is_err());
+        let config: Config = toml::from_str("boxes = \"none\"\ninterval_ms = 5").unwrap();
+        assert_eq!(config.check().unwrap_err().code, Code::Config);
+        let config: Config = toml::from_str("boxes = \"none\"").unwrap();
+        config.check().unwrap();
+        assert_eq!(
+            Config::default().check().unwrap_err().code,
+            Code::Config,
+            "objects are missing"
+        );
+    }
+}

@@ -1,0 +1,155 @@
+//! Images on this host: one mounter a tenant, and names resolved once in a while.
+//!
+//! A name may be pointed elsewhere by a later prepare, so that an answer is good for [`NAME_TTL`] only. Mounts are
+//! single-flight in `hostd-image`; here a launch whose time runs out leaves its mount going on for the next.
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    path::PathBuf,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hostd_image::{ImageError, MountConfig, MountedImage, Mounter};
+use object_store::ObjectStore;
+use tokio::sync::OnceCell;
+use wire::{Code, Fault, ImageId};
+
+use crate::runtime::spawn;
+
+/// How long a name is taken to mean what it meant.
+const NAME_TTL: Duration = Duration::from_secs(3);
+
+/// Names that are remembered; at the bound all are forgotten.
+const NAMES_MAX: usize = 4_096;
+
+type Names = HashMap<(String, String), (ImageId, Instant)>;
+type Mounters = HashMap<String, Rc<OnceCell<Arc<Mounter>>>>;
+
+/// The images of this host.
+#[derive(Debug)]
+pub(crate) struct Images {
+    store: Arc<dyn ObjectStore>,
+    dir: PathBuf,
+    cache_bytes_max: u64,
+    mounters: RefCell<Mounters>,
+    names: RefCell<Names>,
+}
+
+impl Images {
+    /// Images of a store, kept under `dir`.
+    pub(crate) fn new(store: Arc<dyn ObjectStore>, dir: PathBuf, cache_bytes_max: u64) -> Self {
+        Self {
+            store,
+            dir,
+            cache_bytes_max,
+            mounters: RefCell::default(),
+            names: RefCell::default(),
+        }
+    }
+
+    async fn mounter(&self, tenant: &str) -> Result<Arc<Mounter>, Fault> {
+        let cell = Rc::clone(self.mounters.borrow_mut().entry(tenant.to_owned()).or_default());
+        let config = || MountConfig {
+            state_dir: self.dir.join("mounts").join(tenant),
+            cache_dir: self.dir.join("cache"),
+            cache_bytes_max: self.cache_bytes_max,
+            store: Arc::clone(&self.store),
+            domain: tenant.to_owned(),
+        };
+        let start = || async { Mounter::start(config()).await.map(Arc::new) };
+        cell.get_or_try_init(start).await.map(Arc::clone).map_err(|error| fault(&error))
+    }
+
+    /// A tenant's image by name or id, mounted.
+    ///
+    /// # Errors
+    /// By what is wrong with it; nothing is half mounted.
+    pub(crate) async fn mount(
+        &self,
+        tenant: &str,
+        image: &str,
+    ) -> Result<Arc<MountedImage>, Fault> {
+        let mounter = self.mounter(tenant).await?;
+        let id = self.resolve(&mounter, tenant, image).await?;
+        self.mount_id(mounter, id).await
+    }
+
+    /// The same by id: for sandboxes that are taken up again.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) async fn mount_again(
+        &self,
+        tenant: &str,
+        id: ImageId,
+    ) -> Result<Arc<MountedImage>, Fault> {
+        let mounter = self.mounter(tenant).await?;
+        self.mount_id(mounter, id).await
+    }
+
+    async fn mount_id(
+        &self,
+        mounter: Arc<Mounter>,
+        id: ImageId,
+    ) -> Result<Arc<MountedImage>, Fault> {
+        if let Some(mounted) = mounter.mounted(id) {
+            return Ok(mounted);
+        }
+        // A task of its own: whoever gives up leaves it running.
+        let mounting = spawn(async move { mounter.mount(id).await });
+        let mounted = mounting
+            .await
+            .map_err(|_| Fault::new(Code::Internal, "a mount ended without an answer"))?;
+        let mounted = mounted.map_err(|error| fault(&error))?;
+        let arch = &mounted.config().arch;
+        if !arch.is_empty() && arch != hostd_image::host_arch() {
+            let text = format!(
+                "the image is for {arch}, this host is {}; nothing was started",
+                hostd_image::host_arch()
+            );
+            return Err(Fault::new(Code::ImageArchitecture, text));
+        }
+        Ok(mounted)
+    }
+
+    async fn resolve(
+        &self,
+        mounter: &Mounter,
+        tenant: &str,
+        image: &str,
+    ) -> Result<ImageId, Fault> {
+        if let Ok(id) = image.parse::<ImageId>() {
+            return Ok(id);
+        }
+        let key = (tenant.to_owned(), image.to_owned());
+        let known = self.names.borrow().get(&key).copied();
+        if let Some((id, at)) = known
+            && at.elapsed() < NAME_TTL
+        {
+            return Ok(id);
+        }
+        let id = mounter.resolve(image).await.map_err(|error| fault(&error))?;
+        let mut names = self.names.borrow_mut();
+        if names.len() >= NAMES_MAX {
+            names.clear();
+        }
+        names.insert(key, (id, Instant::now()));
+        Ok(id)
+    }
+}
+
+fn fault(error: &ImageError) -> Fault {
+    let code = match error {
+        error if error.is_not_found() => Code::ImageNotFound,
+        ImageError::NotFound(_) | ImageError::Name(_) => Code::ImageNotFound,
+        ImageError::Damaged(_) => Code::ImageBroken,
+        ImageError::Store(_) => Code::Storage,
+        ImageError::Shared(inner) => return fault(inner),
+        // The host's own doing, and whatever is added.
+        _ => Code::BoxFailed,
+    };
+    Fault::new(code, format!("{error}; nothing was started"))
+}

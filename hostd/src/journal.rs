@@ -1,0 +1,442 @@
+//! The journal: which launches this host has claimed, so that after `kill -9` the next start takes up or reaps all.
+//!
+//! Redb over a file that is written but not synced at each commit: what a commit wrote is in the kernel's page cache,
+//! which outlives the process, and what does not outlive it, the machine, takes every sandbox with it. A thread of
+//! its own commits whatever is waiting in one transaction, and syncs once a second for the case that the disk is
+//! read by the next boot. A journal that does not open is set aside, never deleted (FAULTS O3).
+//!
+//! The launch path waits for its row while its box is being made, not after it. Left out: no-op boxes, of which
+//! nothing could be taken up.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use hostd_core::BodyHash;
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use tokio::sync::oneshot;
+use wire::{
+    Code, Fault, ImageId, LaunchId,
+    call::{Exit, ExitWhy},
+};
+
+const SANDBOXES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("sandboxes");
+const LAUNCHES: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("launches");
+
+/// Rows that wait for the thread. Beyond it launches fail: the disk is far behind.
+const QUEUE_MAX: usize = 4_096;
+
+/// Rows of one transaction.
+const BATCH_MAX: usize = 512;
+
+/// Writes through to the page cache; syncing is somebody else's turn.
+#[derive(Debug)]
+struct Unsynced {
+    file: File,
+    dirty: Arc<AtomicBool>,
+}
+
+impl StorageBackend for Unsynced {
+    fn len(&self) -> Result<u64, io::Error> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
+        self.file.read_exact_at(out, offset)
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), io::Error> {
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> Result<(), io::Error> {
+        // Only tells the one thread that writes and syncs, hence relaxed.
+        self.dirty.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
+        self.file.write_all_at(data, offset)
+    }
+}
+
+/// Where a sandbox stood when its row was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// It was being started, or ran.
+    Live,
+    /// It had ended, at that time in ms.
+    Ended(u64, Exit),
+}
+
+/// One sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// Its launch.
+    pub(crate) launch_id: LaunchId,
+    /// Hash of its request.
+    pub(crate) body: BodyHash,
+    /// Index of its shape.
+    pub(crate) shape: u8,
+    /// When it was admitted, in ms of the boot clock.
+    pub(crate) admitted_ms: u64,
+    /// When it must end; zero for never.
+    pub(crate) hard_at_ms: u64,
+    /// Idle milliseconds; zero for ever.
+    pub(crate) idle_ms: u64,
+    /// Its image, if known yet.
+    pub(crate) image: ImageId,
+    /// Where it stands.
+    pub(crate) stage: Stage,
+    /// Its request.
+    pub(crate) request: Vec<u8>,
+}
+
+const ROW_VERSION: u8 = 1;
+const ROW_HEAD: usize = 1 + 16 + 16 + 1 + 8 * 3 + 32 + 8 + 5;
+
+impl Row {
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(ROW_HEAD + self.request.len());
+        bytes.push(ROW_VERSION);
+        bytes.extend_from_slice(&self.launch_id.0);
+        bytes.extend_from_slice(&self.body);
+        bytes.push(self.shape);
+        for number in [self.admitted_ms, self.hard_at_ms, self.idle_ms] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&self.image.0);
+        let (ended_ms, exit) = match self.stage {
+            Stage::Live => (0, Exit { code: 0, why: ExitWhy::Returned }),
+            Stage::Ended(at_ms, exit) => (at_ms.max(1), exit),
+        };
+        bytes.extend_from_slice(&ended_ms.to_le_bytes());
+        bytes.extend_from_slice(&exit.frame_bytes());
+        bytes.extend_from_slice(&self.request);
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut rest = bytes;
+        let [version] = take(&mut rest)?;
+        if version != ROW_VERSION {
+            return None;
+        }
+        let launch_id = LaunchId(take(&mut rest)?);
+        let body = take(&mut rest)?;
+        let [shape] = take(&mut rest)?;
+        let admitted_ms = u64::from_le_bytes(take(&mut rest)?);
+        let hard_at_ms = u64::from_le_bytes(take(&mut rest)?);
+        let idle_ms = u64::from_le_bytes(take(&mut rest)?);
+        let image = ImageId(take(&mut rest)?);
+        let ended_ms = u64::from_le_bytes(take(&mut rest)?);
+        let exit = Exit::from_frame_bytes(&take::<5>(&mut rest)?).ok()?;
+        let stage = if ended_ms == 0 { Stage::Live } else { Stage::Ended(ended_ms, exit) };
+        let request = rest.to_vec();
+        Some(Self {
+            launch_id,
+            body,
+            shape,
+            admitted_ms,
+            hard_at_ms,
+            idle_ms,
+            image,
+            stage,
+            request,
+        })
+    }
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, tail) = rest.split_first_chunk::<N>()?;
+    *rest = tail;
+    Some(*head)
+}
+
+/// What became of a launch of which no sandbox is left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Past {
+    /// It was cancelled.
+    Cancelled,
+    /// It failed.
+    Failed(BodyHash, Fault),
+}
+
+impl Past {
+    fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Cancelled => vec![0],
+            Self::Failed(body, fault) => {
+                let mut bytes = vec![1];
+                bytes.extend_from_slice(body);
+                bytes.extend_from_slice(&(fault.code as u16).to_le_bytes());
+                bytes.extend_from_slice(fault.message.as_bytes());
+                bytes
+            }
+        }
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut rest = bytes;
+        match take(&mut rest)? {
+            [0] => Some(Self::Cancelled),
+            [1] => {
+                let body = take(&mut rest)?;
+                let number = u16::from_le_bytes(take(&mut rest)?);
+                let code = Code::ALL.iter().copied().find(|code| *code as u16 == number)?;
+                let message = String::from_utf8(rest.to_vec()).ok()?;
+                Some(Self::Failed(body, Fault::new(code, message)))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What is written.
+#[derive(Debug)]
+enum Write {
+    Sandbox(u64, Option<Row>),
+    Launch(LaunchId, Option<Past>),
+}
+
+struct Job {
+    writes: Vec<Write>,
+    done: Option<oneshot::Sender<Result<(), Fault>>>,
+}
+
+/// What an earlier start of the daemon left.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    /// Sandboxes by local id.
+    pub(crate) sandboxes: Vec<(u64, Row)>,
+    /// Launches without one.
+    pub(crate) launches: Vec<(LaunchId, Past)>,
+}
+
+/// The journal of a host.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    jobs: Option<mpsc::SyncSender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn storage(path: &Path, error: impl std::fmt::Display) -> Fault {
+    Fault::new(Code::Storage, format!("{}: {error}; nothing was started", path.display()))
+}
+
+impl Journal {
+    /// Opens the journal, or sets a broken one aside and begins anew.
+    ///
+    /// # Errors
+    /// [`Code::Storage`] if the file cannot be used at all.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Left), Fault> {
+        let opened = open(path).and_then(|(database, sync)| Ok((read(&database)?, database, sync)));
+        let (left, database, sync) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                let aside = set_aside(path).map_err(|error| storage(path, error))?;
+                tracing::error!(
+                    %error, aside = %aside.display(),
+                    "the journal does not open and was set aside: running boxes it knew are reaped"
+                );
+                let (database, sync) = open(path).map_err(|error| storage(path, error))?;
+                (Left::default(), database, sync)
+            }
+        };
+        let (jobs, queue) = mpsc::sync_channel(QUEUE_MAX);
+        let thread = std::thread::Builder::new()
+            .name("hostd-journal".into())
+            .spawn(move || write_all(&database, &sync, &queue))
+            .map_err(|error| storage(path, error))?;
+        Ok((Self { jobs: Some(jobs), thread: Some(thread) }, left))
+    }
+
+    /// Writes a sandbox's row; it is in the journal once the answer has come.
+    pub(crate) fn put(&self, local: u64, row: Row) -> Written {
+        self.send(vec![Write::Sandbox(local, Some(row))])
+    }
+
+    /// Forgets a sandbox that was never started; its launch may be remembered instead.
+    pub(crate) fn drop_claim(
+        &self,
+        local: u64,
+        launch_id: LaunchId,
+        past: Option<Past>,
+    ) -> Written {
+        let mut writes = vec![Write::Sandbox(local, None)];
+        writes.extend(past.map(|past| Write::Launch(launch_id, Some(past))));
+        self.send(writes)
+    }
+
+    /// Remembers a cancelled launch.
+    pub(crate) fn cancelled(&self, launch_id: LaunchId) -> Written {
+        self.send(vec![Write::Launch(launch_id, Some(Past::Cancelled))])
+    }
+
+    /// Forgets a sandbox and its launch: its time has run.
+    pub(crate) fn forget(&self, local: u64, launch_id: LaunchId) {
+        drop(self.send(vec![Write::Sandbox(local, None), Write::Launch(launch_id, None)]));
+    }
+
+    fn send(&self, writes: Vec<Write>) -> Written {
+        let (done, answer) = oneshot::channel();
+        let job = Job { writes, done: Some(done) };
+        let sent = self.jobs.as_ref().map(|jobs| jobs.try_send(job));
+        Written(if matches!(sent, Some(Ok(()))) { Some(answer) } else { None })
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.jobs.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A write under way. Dropping it does not stop it.
+#[derive(Debug)]
+pub(crate) struct Written(Option<oneshot::Receiver<Result<(), Fault>>>);
+
+impl Written {
+    /// Waits until it is in the journal.
+    ///
+    /// # Errors
+    /// [`Code::Storage`]: it is not.
+    pub(crate) async fn done(self) -> Result<(), Fault> {
+        let behind = || Fault::new(Code::Storage, "the journal is far behind or gone");
+        match self.0 {
+            Some(answer) => answer.await.unwrap_or_else(|_| Err(behind())),
+            None => Err(behind()),
+        }
+    }
+}
+
+fn open(path: &Path) -> Result<(Database, Sync), String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(|error| text(&error))?;
+    let dirty = Arc::new(AtomicBool::new(false));
+    let sync =
+        Sync { file: file.try_clone().map_err(|error| text(&error))?, dirty: Arc::clone(&dirty) };
+    let backend = Unsynced { file, dirty };
+    let database = Database::builder()
+        .set_cache_size(16 << 20)
+        .create_with_backend(backend)
+        .map_err(|error| text(&error))?;
+    Ok((database, sync))
+}
+
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    let free = (0..1_000).map(|n| path.with_extension(format!("broken-{n}"))).find(|p| !p.exists());
+    let aside = free.ok_or_else(|| io::Error::other("a thousand broken journals are set aside"))?;
+    std::fs::rename(path, &aside)?;
+    Ok(aside)
+}
+
+fn read(database: &Database) -> Result<Left, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    // Tables are made by the first write.
+    let write = database.begin_write().map_err(|error| text(&error))?;
+    {
+        write.open_table(SANDBOXES).map_err(|error| text(&error))?;
+        write.open_table(LAUNCHES).map_err(|error| text(&error))?;
+    }
+    write.commit().map_err(|error| text(&error))?;
+    let read = database.begin_read().map_err(|error| text(&error))?;
+    let mut left = Left::default();
+    let sandboxes = read.open_table(SANDBOXES).map_err(|error| text(&error))?;
+    for entry in sandboxes.iter().map_err(|error| text(&error))? {
+        let (local, row) = entry.map_err(|error| text(&error))?;
+        match Row::from_bytes(row.value()) {
+            Some(row) => left.sandboxes.push((local.value(), row)),
+            None => tracing::warn!(local = local.value(), "a row of the journal is unreadable"),
+        }
+    }
+    let launches = read.open_table(LAUNCHES).map_err(|error| text(&error))?;
+    for entry in launches.iter().map_err(|error| text(&error))? {
+        let (id, past) = entry.map_err(|error| text(&error))?;
+        left.launches
+            .extend(Past::from_bytes(past.value()).map(|past| (LaunchId(id.value()), past)));
+    }
+    Ok(left)
+}
+
+/// The file, to be synced when it is written.
+struct Sync {
+    file: File,
+    dirty: Arc<AtomicBool>,
+}
+
+impl Sync {
+    fn now(&self) {
+        if self.dirty.swap(false, Ordering::Relaxed)
+            && let Err(error) = self.file.sync_data()
+        {
+            tracing::error!(%error, "the journal could not be synced");
+        }
+    }
+}
+
+fn write_all(database: &Database, sync: &Sync, queue: &mpsc::Receiver<Job>) {
+    loop {
+        let first = match queue.recv_timeout(Duration::from_secs(1)) {
+            Ok(job) => job,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                sync.now();
+                continue;
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+        };
+        let mut jobs = vec![first];
+        jobs.extend(queue.try_iter().take(BATCH_MAX - 1));
+        let outcome = commit(database, &jobs).map_err(|error| {
+            tracing::error!(%error, "the journal could not be written");
+            Fault::new(Code::Storage, format!("the journal could not be written: {error}"))
+        });
+        for job in jobs {
+            if let Some(done) = job.done {
+                let _ = done.send(outcome.clone());
+            }
+        }
+    }
+    sync.now();
+}
+
+fn commit(database: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
+    let transaction = database.begin_write()?;
+    {
+        let mut sandboxes = transaction.open_table(SANDBOXES)?;
+        let mut launches = transaction.open_table(LAUNCHES)?;
+        for write in jobs.iter().flat_map(|job| &job.writes) {
+            match write {
+                Write::Sandbox(local, Some(row)) => {
+                    sandboxes.insert(local, &row.to_bytes()[..])?;
+                }
+                Write::Sandbox(local, None) => drop(sandboxes.remove(local)?),
+                Write::Launch(id, Some(past)) => {
+                    launches.insert(id.0, &past.to_bytes()[..])?;
+                }
+                Write::Launch(id, None) => drop(launches.remove(id.0)?),
+            }
+        }
+    }
+    transaction.commit()?;
+    Ok(())
+}

@@ -1,0 +1,477 @@
+//! Real boxes: what ties the core to the spawner, the images and the journal.
+//!
+//! The spawner outlives hostd. At a start the journal says what was claimed and the spawner what lives: what both know
+//! is taken up, what only the spawner knows is killed, what only the journal knows has ended. News of the spawner
+//! may overtake the answers that they belong to; both orders are handled ([`Real::early`]).
+
+mod ask;
+mod start;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashMap, VecDeque},
+    path::Path,
+    rc::Rc,
+    time::Duration,
+};
+
+use hostd_core::{Fate, Sandbox, limits::REMEMBER_MS};
+use hostd_sandbox::{Event, Events, ExitStatus, Live, Spawner, StartError};
+use tokio::sync::oneshot;
+use wire::{
+    Code, Fault, HostId, LaunchId, SandboxId, ShapeId,
+    call::{Exit, ExitWhy, State},
+    launch::{LaunchRequest, Started, Steps},
+};
+
+pub(crate) use self::{
+    ask::{connect, end_input, exec, file, open_read, open_write, os_fault, resize, signal, stats},
+    start::start,
+};
+use crate::{
+    clock,
+    config::{Config, HostConfig},
+    host::{Backend, HostCell},
+    images::Images,
+    journal::{Journal, Left, Past, Row, Stage},
+    note::Note,
+    runtime::spawn,
+};
+
+/// Processes and threads of one sandbox whose launch did not say.
+const PIDS: u32 = 1_024;
+
+/// Bytes of the cache of unpacked images.
+const CACHE_BYTES_MAX: u64 = 40 << 30;
+
+/// What a start found.
+#[derive(Debug, Default)]
+struct Found {
+    left: Left,
+    live: Vec<Live>,
+    exited: Vec<hostd_sandbox::Exited>,
+    events: Option<Events>,
+}
+
+/// Real boxes of one host.
+#[derive(Debug)]
+pub(crate) struct Real {
+    host: HostId,
+    spawner: RefCell<Option<Spawner>>,
+    boxes: hostd_sandbox::Config,
+    images: Images,
+    journal: Journal,
+    found: RefCell<Found>,
+    /// Exits of boxes whose start has not been answered yet.
+    early: RefCell<HashMap<u64, Exit>>,
+    /// Who waits for a box to be gone that was killed before its launch was answered.
+    awaited: RefCell<HashMap<u64, oneshot::Sender<()>>>,
+    /// Rows of the journal whose time runs, all the same time.
+    forgetting: RefCell<VecDeque<(u64, u64, LaunchId)>>,
+    stopping: Cell<bool>,
+}
+
+/// A sandbox's name for the spawner.
+pub(crate) fn box_id(id: SandboxId) -> hostd_sandbox::SandboxId {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&id.host.0.to_be_bytes());
+    bytes[8..].copy_from_slice(&id.local.to_be_bytes());
+    bytes
+}
+
+fn sandbox_id(id: hostd_sandbox::SandboxId) -> SandboxId {
+    let (host, local) = id.split_at(8);
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |n: u64, byte| n << 8 | u64::from(*byte));
+    SandboxId { host: HostId(number(host)), local: number(local) }
+}
+
+/// How a program ended, as the wire says it.
+fn exit_of(status: ExitStatus) -> Exit {
+    let (code, why) = match (status.code, status.signal) {
+        (_, Some(signal)) => (128 + signal, ExitWhy::Signalled),
+        (Some(code), None) => (code, ExitWhy::Returned),
+        (None, None) => (255, ExitWhy::Lost),
+    };
+    let killed = code == 128 + libc::SIGKILL;
+    Exit { code, why: if status.oom && killed { ExitWhy::OutOfMemory } else { why } }
+}
+
+fn start_fault(error: &StartError) -> Fault {
+    let code = match error {
+        StartError::NeedsRoot => Code::Privilege,
+        StartError::Version { .. } | StartError::Ending => Code::Busy,
+        StartError::Config(_) => Code::Config,
+        StartError::Setup(_) => Code::Unsupported,
+        StartError::Io { .. } => Code::Internal,
+    };
+    Fault::new(code, error.to_string())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    let gone = |_| Fault::new(Code::Internal, "a blocking step ended without an answer");
+    tokio::task::spawn_blocking(work).await.map_err(gone)?
+}
+
+impl Real {
+    /// Opens the journal, and joins or starts the spawner.
+    ///
+    /// # Errors
+    /// Why there can be no real boxes here: nothing was started.
+    pub(crate) async fn open(
+        config: &Config,
+        host: &HostConfig,
+        id: HostId,
+    ) -> Result<Self, Fault> {
+        let store = wire_net::objects::open(&config.objects)?;
+        let boxes = boxes_config(config, &host.state)?;
+        let path = host.state.join("journal");
+        let (journal, left) = blocking(move || Journal::open(&path)).await?;
+        let joined = {
+            let boxes = boxes.clone();
+            blocking(move || join(&boxes)).await?
+        };
+        let found =
+            Found { left, live: joined.live, exited: joined.exited, events: Some(joined.events) };
+        Ok(Self {
+            host: id,
+            spawner: RefCell::new(Some(joined.spawner)),
+            boxes,
+            images: Images::new(store, host.state.join("images"), CACHE_BYTES_MAX),
+            journal,
+            found: RefCell::new(found),
+            early: RefCell::default(),
+            awaited: RefCell::default(),
+            forgetting: RefCell::default(),
+            stopping: Cell::new(false),
+        })
+    }
+
+    /// The spawner.
+    ///
+    /// # Errors
+    /// [`Code::BoxFailed`] while there is none.
+    fn spawner(&self) -> Result<Spawner, Fault> {
+        let text = "the spawner of this host is gone and being started again; nothing was started";
+        self.spawner.borrow().clone().ok_or_else(|| Fault::new(Code::BoxFailed, text))
+    }
+
+    /// Stops with the daemon: sandboxes run on, or end now.
+    pub(crate) async fn stop(&self, end_sandboxes: bool) {
+        self.stopping.set(true);
+        if !end_sandboxes {
+            return;
+        }
+        if let Ok(spawner) = self.spawner() {
+            let shut = spawner.shutdown(true);
+            if !matches!(tokio::time::timeout(Duration::from_millis(1_500), shut).await, Ok(Ok(())))
+            {
+                tracing::warn!("the spawner did not say that all sandboxes have ended");
+            }
+        }
+    }
+
+    /// Forgets rows whose time has run.
+    pub(crate) fn forget(&self, now_ms: u64) {
+        let mut forgetting = self.forgetting.borrow_mut();
+        while let Some(&(at_ms, local, launch_id)) = forgetting.front()
+            && at_ms <= now_ms
+        {
+            forgetting.pop_front();
+            self.journal.forget(local, launch_id);
+        }
+    }
+
+    fn forget_later(&self, now_ms: u64, local: u64, launch_id: LaunchId) {
+        self.forgetting.borrow_mut().push_back((now_ms + REMEMBER_MS, local, launch_id));
+    }
+}
+
+fn boxes_config(config: &Config, state: &Path) -> Result<hostd_sandbox::Config, Fault> {
+    let mut shapes = Vec::new();
+    for (shape, parked) in config.shapes()?.iter().zip(config.pool) {
+        let wide = |_| Fault::new(Code::Config, "shapes: cpu_millis is beyond 32 bits");
+        shapes.push(hostd_sandbox::Shape {
+            name: shape.name.clone(),
+            cpu_millis: u32::try_from(shape.need.cpu_millis).map_err(wide)?,
+            memory_bytes: shape.need.memory_bytes,
+            pids: PIDS,
+            parked,
+        });
+    }
+    let mut boxes = hostd_sandbox::Config::new(state.join("boxes"), shapes);
+    let parked: u32 = config.pool.iter().sum();
+    boxes.slots = config.boxes_max.saturating_add(parked).min(hostd_sandbox::SLOTS_MAX);
+    Ok(boxes)
+}
+
+fn join(boxes: &hostd_sandbox::Config) -> Result<hostd_sandbox::Joined, Fault> {
+    match hostd_sandbox::sweep(boxes) {
+        Ok(swept) if swept.killed > 0 || swept.groups_left > 0 => {
+            tracing::warn!(?swept, "a dead spawner had left something behind");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "what a dead spawner left could not be swept"),
+    }
+    Spawner::connect_or_start(boxes).map_err(|error| start_fault(&error))
+}
+
+/// Takes up what an earlier start left, and listens to the spawner from then on.
+///
+/// # Errors
+/// Why that is not possible: the host must not serve.
+pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
+    let Backend::Real(real) = &cell.backend else { return Ok(()) };
+    let mut found = real.found.take();
+    let now_ms = clock::now_ms();
+    let mut live: HashMap<u64, Live> = HashMap::new();
+    for one in found.live {
+        let id = sandbox_id(one.id);
+        if id.host == real.host {
+            live.insert(id.local, one)
+        } else {
+            None
+        };
+    }
+    let mut exited: HashMap<u64, Exit> =
+        found.exited.iter().map(|one| (sandbox_id(one.id).local, exit_of(one.status))).collect();
+    for (launch_id, past) in found.left.launches {
+        let (body, fate) = match past {
+            Past::Cancelled => ([0; 16], Fate::Cancelled),
+            Past::Failed(body, fault) => (body, Fate::Failed(Box::new(fault))),
+        };
+        cell.core.borrow_mut().recall(now_ms, launch_id, body, fate);
+        // There is no row of a sandbox under zero.
+        real.forget_later(now_ms, 0, launch_id);
+    }
+    found.left.sandboxes.sort_unstable_by_key(|(local, _)| *local);
+    for (local, row) in found.left.sandboxes {
+        let lives = live.remove(&local);
+        let note = take_up(cell, local, &row, lives.as_ref().is_some_and(|live| live.paused));
+        let Some(note) = note else { continue };
+        match (lives, row.stage) {
+            (Some(_), _) => reattach(cell, real, &note, &row).await,
+            (None, Stage::Ended(_, exit)) => ended(cell, real, now_ms, local, exit),
+            (None, Stage::Live) => {
+                let lost = Exit { code: 137, why: ExitWhy::Lost };
+                ended(cell, real, now_ms, local, exited.remove(&local).unwrap_or(lost));
+            }
+        }
+    }
+    let spawner = real.spawner()?;
+    for one in found.exited {
+        let _ = spawner.forget(one.id).await;
+    }
+    for one in live.into_values() {
+        tracing::warn!(id = %sandbox_id(one.id), "a box that no launch owns is ended");
+        let _ = spawner.kill(one.id).await;
+    }
+    if let Some(events) = found.events.take() {
+        spawn(listen(Rc::clone(cell), events));
+    }
+    cell.act(now_ms);
+    Ok(())
+}
+
+fn take_up(cell: &Rc<HostCell>, local: u64, row: &Row, paused: bool) -> Option<Rc<Note>> {
+    let shape = ShapeId::new(row.shape)?;
+    let id = SandboxId { host: cell.id, local };
+    let note = Rc::new(Note::new(id, &row.request));
+    let mut core = cell.core.borrow_mut();
+    let (word, visible_at) = (core.word(), core.visible_at());
+    let started = Started { sandbox: id, visible_at, word, steps: Steps::default() };
+    note.outcome.set(wire::launch::LaunchReply::Started(started));
+    let sandbox = Sandbox {
+        id,
+        launch_id: row.launch_id,
+        shape,
+        state: if paused { State::Paused } else { State::Running },
+        admitted_ms: row.admitted_ms,
+        hard_at_ms: (row.hard_at_ms > 0).then_some(row.hard_at_ms),
+        idle_ms: row.idle_ms,
+        used_ms: clock::now_ms(),
+        lapse_at_ms: None,
+        ending: None,
+        drop_at_ms: None,
+        note: Rc::clone(&note),
+    };
+    core.adopt(row.body, Fate::Started(started), sandbox);
+    Some(note)
+}
+
+/// Attaches to what a living sandbox says, and holds its image.
+async fn reattach(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, row: &Row) {
+    let Ok(spawner) = real.spawner() else { return };
+    match spawner.stdio(box_id(note.id)).await {
+        Ok(stdio) => start::enter_main(cell, note, stdio),
+        Err(error) => tracing::warn!(id = %note.id, %error, "output of a box cannot be had again"),
+    }
+    if let Ok(request) = LaunchRequest::from_bytes(&row.request) {
+        match real.images.mount_again(&request.tenant, row.image).await {
+            Ok(image) => drop(note.image.borrow_mut().replace(image)),
+            Err(fault) => tracing::warn!(id = %note.id, %fault, "an image in use was not mounted"),
+        }
+    }
+    tracing::info!(id = %note.id, "taken up again");
+}
+
+/// A sandbox of this host has ended, and nothing of it is left.
+fn ended(cell: &Rc<HostCell>, real: &Real, now_ms: u64, local: u64, exit: Exit) {
+    cell.exited(now_ms, local, exit);
+    let row = {
+        let core = cell.core.borrow();
+        let Some(sandbox) = core.sandbox(local) else { return };
+        let State::Stopped(exit) = sandbox.state else { return };
+        let note = &sandbox.note;
+        note.processes.borrow().end_all(exit);
+        note.image.borrow_mut().take();
+        row_of(sandbox, &core, Stage::Ended(now_ms, exit))
+    };
+    real.forget_later(now_ms, local, row.launch_id);
+    drop(real.journal.put(local, row));
+    cell.settle(now_ms);
+}
+
+/// The row of a sandbox that is known to the core.
+fn row_of(sandbox: &Sandbox<Rc<Note>>, core: &crate::host::Core, stage: Stage) -> Row {
+    let note = &sandbox.note;
+    let image = note.image.borrow().as_ref().map(|image| image.id());
+    Row {
+        launch_id: sandbox.launch_id,
+        body: core.launches().body(&sandbox.launch_id).unwrap_or_default(),
+        shape: u8::try_from(sandbox.shape.index()).unwrap_or(u8::MAX),
+        admitted_ms: sandbox.admitted_ms,
+        hard_at_ms: sandbox.hard_at_ms.unwrap_or(0),
+        idle_ms: sandbox.idle_ms,
+        image: image.unwrap_or(wire::ImageId([0; 32])),
+        stage,
+        request: note.request.to_vec(),
+    }
+}
+
+/// Writes a live sandbox's row anew.
+async fn keep(cell: &HostCell, real: &Real, local: u64) -> Result<(), Fault> {
+    let row = {
+        let core = cell.core.borrow();
+        core.sandbox(local).map(|sandbox| row_of(sandbox, &core, Stage::Live))
+    };
+    match row {
+        Some(row) => real.journal.put(local, row).done().await,
+        None => Ok(()),
+    }
+}
+
+/// Keeps changed deadlines over a restart.
+///
+/// # Errors
+/// [`Code::Storage`]: they hold until the daemon restarts.
+pub(crate) async fn keep_deadlines(cell: &HostCell, local: u64) -> Result<(), Fault> {
+    match &cell.backend {
+        Backend::Real(real) => keep(cell, real, local).await,
+        Backend::None { .. } => Ok(()),
+    }
+}
+
+/// Keeps a cancel over a restart.
+///
+/// # Errors
+/// [`Code::Storage`]: it holds until the daemon restarts.
+pub(crate) async fn keep_cancel(cell: &HostCell, launch_id: LaunchId) -> Result<(), Fault> {
+    match &cell.backend {
+        Backend::Real(real) => {
+            real.forget_later(clock::now_ms(), 0, launch_id);
+            real.journal.cancelled(launch_id).done().await
+        }
+        Backend::None { .. } => Ok(()),
+    }
+}
+
+/// Ends a running sandbox; its exit comes as news.
+pub(crate) fn kill(cell: &Rc<HostCell>, id: SandboxId) {
+    let cell = Rc::clone(cell);
+    spawn(async move {
+        let Backend::Real(real) = &cell.backend else { return };
+        let Ok(spawner) = real.spawner() else { return };
+        if let Err(error) = spawner.kill(box_id(id)).await {
+            tracing::debug!(%id, %error, "a kill was not taken: its exit is on the way");
+        }
+    });
+}
+
+/// Hears the spawner's news to its end; then starts another one.
+async fn listen(cell: Rc<HostCell>, mut events: Events) {
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Exited(exited) => heard_exit(&cell, &exited).await,
+            Event::ExecExited { id, exec, status } => {
+                let core = cell.core.borrow();
+                if let Some(sandbox) = core.sandbox(sandbox_id(id).local) {
+                    sandbox.note.processes.borrow_mut().exec_exited(exec, exit_of(status));
+                }
+            }
+            Event::Pool(pool) => tracing::debug!(?pool, "pool"),
+            Event::Gone => break,
+        }
+    }
+    gone(cell).await;
+}
+
+async fn heard_exit(cell: &Rc<HostCell>, exited: &hostd_sandbox::Exited) {
+    let Backend::Real(real) = &cell.backend else { return };
+    let local = sandbox_id(exited.id).local;
+    let exit = exit_of(exited.status);
+    let state = cell.core.borrow().sandbox(local).map(|sandbox| sandbox.state);
+    if let Some(waiter) = real.awaited.borrow_mut().remove(&local) {
+        let _ = waiter.send(());
+    } else if state == Some(State::Claimed) {
+        real.early.borrow_mut().insert(local, exit);
+    } else {
+        ended(cell, real, clock::now_ms(), local, exit);
+    }
+    if let Ok(spawner) = real.spawner() {
+        let _ = spawner.forget(exited.id).await;
+    }
+}
+
+/// The spawner is gone and every box with it: says so, and starts another one.
+async fn gone(cell: Rc<HostCell>) {
+    let Backend::Real(real) = &cell.backend else { return };
+    if real.stopping.get() {
+        return;
+    }
+    tracing::error!("the spawner is gone and every box with it: starting another");
+    real.spawner.borrow_mut().take();
+    let now_ms = clock::now_ms();
+    let lost: Vec<u64> = {
+        let mut core = cell.core.borrow_mut();
+        core.set_sick(true);
+        let runs =
+            |sandbox: &&Sandbox<Rc<Note>>| matches!(sandbox.state, State::Running | State::Paused);
+        core.sandboxes().filter(runs).map(|sandbox| sandbox.id.local).collect()
+    };
+    for local in lost {
+        ended(&cell, real, now_ms, local, Exit { code: 137, why: ExitWhy::Lost });
+    }
+    for (_, waiter) in real.awaited.borrow_mut().drain() {
+        let _ = waiter.send(());
+    }
+    cell.settle(now_ms);
+    let mut wait = Duration::from_millis(100);
+    let joined = loop {
+        let boxes = real.boxes.clone();
+        match blocking(move || join(&boxes)).await {
+            Ok(joined) => break joined,
+            Err(fault) => tracing::error!(%fault, "no spawner: this host stays sick"),
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(Duration::from_secs(10));
+        if real.stopping.get() {
+            return;
+        }
+    };
+    *real.spawner.borrow_mut() = Some(joined.spawner);
+    cell.core.borrow_mut().set_sick(false);
+    cell.settle(clock::now_ms());
+    spawn(listen(Rc::clone(&cell), joined.events));
+}
