@@ -28,7 +28,8 @@ fn table(hosts: u64) -> Table {
     let addr = HostAddr { ip: [10, 0, 0, 1].into(), port: 1 };
     let rows: Vec<_> = (1..=hosts).map(|id| (HostId(id), addr)).collect();
     let map = MapView::open(encode(MapVersion { epoch: 1, version: 1 }, &rows)).unwrap();
-    let table = CapacityTable::create(zeroed(words_for(hosts.max(1) as usize)), 1);
+    let capacity = usize::try_from(hosts.max(1)).unwrap();
+    let table = CapacityTable::create(zeroed(words_for(capacity)), 1);
     Adopter::new(&table).adopt::<_, Vec<u8>, _>(&table, None, &map).unwrap();
     (1..=hosts).for_each(|id| assert!(table.feed(HostId(id), word(100, 1))));
     table
@@ -272,6 +273,7 @@ fn retries_stay_within_their_share_of_the_load() {
     assert!(f64::from(sent) > 1.05 * f64::from(launches), "the share is used: {sent}");
 }
 
+#[expect(clippy::too_many_lines, reason = "one table of events")]
 /// Whatever happens: time and attempts are bounded, one host at a time, everything reserved is given back.
 #[test]
 fn any_sequence_of_events_keeps_the_rules() {
