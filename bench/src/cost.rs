@@ -136,10 +136,13 @@ impl fmt::Display for Model {
         }
         for role in ["placers", "hosts", "aggregators", "database"] {
             let of_role = || self.lines.iter().filter(|line| line.role == role);
-            let sum: f64 = of_role().filter_map(Line::cores).sum();
+            let sum = of_role().filter_map(Line::cores).reduce(|sum, cores| sum + cores);
             let missing = of_role().any(|line| line.ns.is_none());
             let at_least = if missing { "at least " } else { "" };
-            writeln!(f, "  {role}: {at_least}{sum:.1} cores")?;
+            match sum {
+                Some(sum) => writeln!(f, "  {role}: {at_least}{sum:.1} cores")?,
+                None => writeln!(f, "  {role}: not measured in this run")?,
+            }
         }
         match &self.knee {
             Some(knee) => writeln!(f, "  knee: {knee}")?,
@@ -165,7 +168,7 @@ mod tests {
         let parts = Parts { rows_a_core: Some(100_000.0), ..Parts::default() };
         let model = model(&parts, 1_000_000.0, 1_000_000.0);
         let text = model.to_string();
-        assert!(text.contains("placers: at least 0.0 cores"), "{text}");
+        assert!(text.contains("placers: not measured"), "{text}");
         assert!(text.contains("database: 0.7 cores"), "{text}");
         assert!(text.contains("not measured"), "{text}");
     }

@@ -9,10 +9,14 @@ mod load;
 mod pace;
 mod report;
 mod sweep;
+mod way;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use wire::{Code, Fault, limits::STREAMS_MAX};
+use wire::{
+    Code, Fault,
+    limits::{LANE_LAUNCHES_MAX, STREAMS_MAX},
+};
 
 pub use crate::cpu::RolePid;
 pub use report::{Achieved, Ceiling, LatencyUs, Report, RoleCpu};
@@ -44,6 +48,17 @@ pub enum Load {
     },
 }
 
+/// What carries launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carrier {
+    /// One long-lived stream a connection, as the client library does (PROTOCOL 7.7).
+    #[default]
+    Lane,
+    /// A stream a launch.
+    Stream,
+}
+
 /// What is measured.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -63,9 +78,11 @@ pub struct Options {
     pub warm_up: Duration,
     /// Ends earlier after so many launches (a burst); zero for no such bound.
     pub launches_max: u64,
-    /// Connections; zero for as many as the load needs ([`STREAMS_MAX`] launches at once on each).
+    /// What carries launches.
+    pub carrier: Carrier,
+    /// Connections; zero for as many as the load needs ([`STREAMS_MAX`] launches at once on each, or one lane a thread).
     pub connections: usize,
-    /// Threads that offer load, each with a socket of its own.
+    /// Threads that offer load, each with a socket of its own: the kernel spreads sockets over a placer's threads.
     pub threads: usize,
     /// Image.
     pub image: String,
@@ -100,6 +117,7 @@ impl Default for Options {
             duration: Duration::from_secs(10),
             warm_up: Duration::from_secs(2),
             launches_max: 0,
+            carrier: Carrier::Lane,
             connections: 0,
             threads: 1,
             image: String::new(),
@@ -144,9 +162,12 @@ impl Options {
 
     /// Connections a thread.
     fn connections_each(&self) -> usize {
-        let needed = match self.load {
-            Load::Open { .. } => 16,
-            Load::Closed { in_flight } => in_flight.div_ceil(STREAMS_MAX as usize),
+        let needed = match (self.carrier, self.load) {
+            (Carrier::Lane, _) => self.in_flight_max().div_ceil(LANE_LAUNCHES_MAX / 2),
+            (Carrier::Stream, Load::Open { .. }) => 16,
+            (Carrier::Stream, Load::Closed { in_flight }) => {
+                in_flight.div_ceil(STREAMS_MAX as usize)
+            }
         };
         let all = if self.connections == 0 { needed } else { self.connections };
         all.div_ceil(self.threads).max(1)

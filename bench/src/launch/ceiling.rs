@@ -1,12 +1,16 @@
 //! The bare quinn ceilings of a launch: the same bytes, connections and load in flight, with nothing done.
 //!
 //! `echo` is one hop; `relay` has a launch's own shape: client, a relay in the placer's place, and echoes in the hosts'
-//! place. Client, relay and echoes have a thread each, as the roles do.
+//! place. Client, relay and echoes have a thread each, as the roles do. Both carriers are there: [`streams`] opens a
+//! stream a round trip, [`lanes`] keeps one a connection and writes together what is ready together.
+
+mod lanes;
+mod streams;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
@@ -14,14 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use quinn::Connection;
 use wire::{Code, Fault, frame::HEADER_BYTES, launch::LaunchHead, seal::Role};
 use wire_net::{
     quic,
     tls::{FleetAuthority, Identity, Peer},
 };
 
-use super::{Ceiling, Load, Options, load::Measured};
+use super::{Carrier, Ceiling, Load, Options, load::Measured};
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 /// Without a reply to copy its size from (nothing was started).
@@ -39,6 +42,7 @@ struct Shape {
     in_flight: usize,
     hosts: usize,
     time: Duration,
+    carrier: Carrier,
 }
 
 pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling, Fault> {
@@ -54,6 +58,7 @@ pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling,
         in_flight: in_flight.clamp(1, IN_FLIGHT_MAX),
         hosts: options.hosts.clamp(1, HOSTS_MAX),
         time: options.ceiling,
+        carrier: options.carrier,
     };
     let authority = FleetAuthority::unsaved()?;
     Ok(Ceiling {
@@ -138,7 +143,10 @@ fn serve(
                     hosts.push(quic::connect(&endpoint, behind, Role::Placer).await?);
                 }
             }
-            let hosts: Arc<[Connection]> = hosts.into();
+            let behind = Arc::new(match shape.carrier {
+                Carrier::Stream => Behind::Streams(streams::Hosts::new(hosts)),
+                Carrier::Lane => Behind::Lanes(lanes::Hosts::open(&hosts, shape).await?),
+            });
             let addr = endpoint
                 .local_addr()
                 .map_err(|error| Fault::new(Code::Internal, error.to_string()))?;
@@ -149,7 +157,17 @@ fn serve(
                     continue;
                 };
                 if let Ok((connection, _)) = quic::accept(incoming).await {
-                    tokio::spawn(answer_all(connection, Arc::clone(&hosts), shape));
+                    let behind = Arc::clone(&behind);
+                    tokio::spawn(async move {
+                        match &*behind {
+                            Behind::Streams(hosts) => {
+                                streams::answer_all(connection, hosts.clone(), shape).await;
+                            }
+                            Behind::Lanes(hosts) => {
+                                lanes::answer_all(connection, hosts, shape).await
+                            }
+                        }
+                    });
                 }
             }
             endpoint.close(0u32.into(), b"");
@@ -162,31 +180,10 @@ fn serve(
     }
 }
 
-async fn answer_all(connection: Connection, hosts: Arc<[Connection]>, shape: Shape) {
-    let turn = Arc::new(AtomicU64::new(0));
-    while let Ok((mut send, mut recv)) = connection.accept_bi().await {
-        let (hosts, turn) = (Arc::clone(&hosts), Arc::clone(&turn));
-        tokio::spawn(async move {
-            let Ok(request) = recv.read_to_end(shape.request).await else { return };
-            let reply = if hosts.is_empty() {
-                Some(vec![0; shape.reply])
-            } else {
-                let at = usize::try_from(turn.fetch_add(1, Ordering::Relaxed)).unwrap_or(0);
-                trip(&hosts[at % hosts.len()], &request, shape.reply).await
-            };
-            if let Some(reply) = reply {
-                let _ = send.write_chunk(reply.into()).await;
-                let _ = send.finish();
-            }
-        });
-    }
-}
-
-async fn trip(connection: &Connection, request: &[u8], reply_max: usize) -> Option<Vec<u8>> {
-    let (mut send, mut recv) = connection.open_bi().await.ok()?;
-    send.write_chunk(request.to_vec().into()).await.ok()?;
-    let _ = send.finish();
-    recv.read_to_end(reply_max).await.ok()
+/// What a server hands requests to; nothing for an echo.
+enum Behind {
+    Streams(streams::Hosts),
+    Lanes(lanes::Hosts),
 }
 
 /// Round trips a second that come back.
@@ -197,17 +194,21 @@ async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f
         connections.push(quic::connect(&endpoint, target, Role::Placer).await?);
     }
     let done = Arc::new(AtomicU64::new(0));
-    let lost = Arc::new(Mutex::new(false));
-    let workers: Vec<_> = (0..shape.in_flight)
+    let lost = Arc::new(AtomicBool::new(false));
+    let count = match shape.carrier {
+        Carrier::Stream => shape.in_flight,
+        Carrier::Lane => connections.len(),
+    };
+    let workers: Vec<_> = (0..count)
         .map(|at| {
             let connection = connections[at % connections.len()].clone();
             let (done, lost) = (Arc::clone(&done), Arc::clone(&lost));
             tokio::spawn(async move {
-                let request = vec![0; shape.request];
-                while trip(&connection, &request, shape.reply).await.is_some() {
-                    done.fetch_add(1, Ordering::Relaxed);
-                }
-                *lost.lock().unwrap_or_else(PoisonError::into_inner) = true;
+                match shape.carrier {
+                    Carrier::Stream => streams::offer(&connection, shape, &done).await,
+                    Carrier::Lane => lanes::offer(&connection, shape, at, &done).await,
+                };
+                lost.store(true, Ordering::Relaxed);
             })
         })
         .collect();
@@ -215,7 +216,7 @@ async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f
     let (before, from) = (done.load(Ordering::Relaxed), Instant::now());
     tokio::time::sleep(shape.time).await;
     let (count, took) = (done.load(Ordering::Relaxed) - before, from.elapsed());
-    let broke = *lost.lock().unwrap_or_else(PoisonError::into_inner);
+    let broke = lost.load(Ordering::Relaxed);
     workers.iter().for_each(tokio::task::JoinHandle::abort);
     endpoint.close(0u32.into(), b"");
     if broke {

@@ -15,20 +15,16 @@ use std::{
 
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use quinn::{Connection, Endpoint};
+use quinn::Endpoint;
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
-use wire::{
-    Code, Fault, LaunchId,
-    launch::{LaunchHead, LaunchReply, LaunchRequest, Limits, Network},
-    seal::Role,
-};
-use wire_net::{
-    quic,
-    stream::{self, LaunchLost},
-    tls::Identity,
-};
+use wire::{Code, Fault, launch::LaunchReply};
+use wire_net::{quic, stream::LaunchLost, tls::Identity};
 
-use super::{Achieved, Load, Options, RolePid, pace::Pace};
+use super::{
+    Achieved, Carrier, Load, Options, RolePid,
+    pace::Pace,
+    way::{Link, Template},
+};
 use crate::{cpu::Meter, scrape};
 
 /// What a run saw.
@@ -43,53 +39,6 @@ pub(super) struct Measured {
     pub(super) reply_bytes: usize,
 }
 
-/// A request whose id is put in anew each time.
-struct Template {
-    bytes: Vec<u8>,
-    id_at: usize,
-    head: LaunchHead,
-}
-
-impl Template {
-    fn new(options: &Options, tenant: String) -> Result<Self, Fault> {
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let mut request = LaunchRequest {
-            launch_id: LaunchId([0x55; 16]),
-            tenant,
-            image: options.image.clone(),
-            shape: options.shape,
-            command: options.command.clone(),
-            env: Vec::new(),
-            cwd: String::new(),
-            user: String::new(),
-            tty: false,
-            stdin: false,
-            limits: Limits { hard_ms: millis(options.lifetime), ..Limits::default() },
-            network: Network::None,
-            labels: Vec::new(),
-        };
-        request.check()?;
-        let bytes = request.to_bytes();
-        request.launch_id = LaunchId([0xaa; 16]);
-        let other = request.to_bytes();
-        let id_at = bytes.iter().zip(&other).position(|(a, b)| a != b).unwrap_or(0);
-        let differ = bytes.iter().zip(&other).filter(|(a, b)| a != b).count();
-        if differ != 16 || bytes.len() != other.len() {
-            return Err(Fault::new(Code::Internal, "a request does not hold its id in one place"));
-        }
-        let budget_ms = u32::try_from(options.budget.as_millis()).unwrap_or(u32::MAX);
-        let head =
-            LaunchHead { budget_ms: budget_ms.min(wire::limits::BUDGET_MS_MAX), named: false };
-        Ok(Self { bytes, id_at, head })
-    }
-
-    fn with(&self, id: [u8; 16]) -> Vec<u8> {
-        let mut bytes = self.bytes.clone();
-        bytes[self.id_at..self.id_at + 16].copy_from_slice(&id);
-        bytes
-    }
-}
-
 /// When a run's phases are; fixed once all threads are connected.
 #[derive(Clone, Copy)]
 struct Window {
@@ -100,6 +49,8 @@ struct Window {
 /// What all threads share: touched once a launch at most.
 struct Shared {
     stop: AtomicBool,
+    /// A thread could not connect: there is no run.
+    failed: AtomicBool,
     left: AtomicU64,
     done: AtomicU64,
 }
@@ -111,13 +62,9 @@ struct Own {
     shared: Arc<Shared>,
     links: Vec<Link>,
     endpoint: Endpoint,
+    carrier: Carrier,
     seen: Mutex<Seen>,
     in_flight_max: usize,
-}
-
-struct Link {
-    addr: SocketAddr,
-    connection: tokio::sync::Mutex<Connection>,
 }
 
 struct Seen {
@@ -142,9 +89,10 @@ pub(super) fn offer(options: &Options) -> Result<Measured, Fault> {
         (Some(tenant), None) => tenant.to_owned(),
         (None, None) => return Err(Fault::new(Code::Config, "an operator must say a tenant")),
     };
-    let request_bytes = Template::new(options, tenant.clone())?.bytes.len();
+    let request_bytes = Template::new(options, tenant.clone())?.len();
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
         left: AtomicU64::new(if options.launches_max == 0 {
             u64::MAX
         } else {
@@ -279,6 +227,7 @@ fn one_thread(
         Ok((runtime, links))
     });
     if connected.is_err() {
+        shared.failed.store(true, Ordering::Relaxed);
         shared.stop.store(true, Ordering::Relaxed);
     }
     barrier.wait();
@@ -291,6 +240,7 @@ fn one_thread(
         shared,
         links,
         endpoint,
+        carrier: options.carrier,
         seen: Mutex::new(Seen {
             rng: SmallRng::from_os_rng(),
             achieved: Achieved::default(),
@@ -323,8 +273,7 @@ async fn connect(options: &Options, identity: &Identity) -> Result<(Endpoint, Ve
     let mut links = Vec::new();
     for at in 0..options.connections_each() {
         let addr = options.placers[at % options.placers.len()];
-        let connection = quic::connect(&endpoint, addr, Role::Placer).await?;
-        links.push(Link { addr, connection: tokio::sync::Mutex::new(connection) });
+        links.push(Link::dial(&endpoint, addr, options.carrier).await?);
     }
     Ok((endpoint, links))
 }
@@ -341,7 +290,7 @@ async fn run(options: &Options, own: &Arc<Own>) -> Result<(), Fault> {
         }
         Load::Open { rate } => {
             #[expect(clippy::cast_precision_loss, reason = "a few threads")]
-            open(own, rate / options.threads as f64).await?;
+            open(own, own.window.from - options.warm_up, rate / options.threads as f64).await?;
         }
     }
     Ok(())
@@ -353,34 +302,20 @@ async fn closed(own: Arc<Own>, at: usize) {
     }
 }
 
-async fn open(own: &Arc<Own>, rate: f64) -> Result<(), Fault> {
-    let mut pace = Pace::start(rate)?;
+async fn open(own: &Arc<Own>, start: Instant, rate: f64) -> Result<(), Fault> {
+    let mut pace = Pace::start(start, rate)?;
     let mut turn = 0;
-    let mut ended = false;
-    while !ended {
-        let (due, count) = pace.next().await?;
-        for _ in 0..count {
-            if !own.take() {
-                ended = true;
-                break;
+    'load: while !own.shared.failed.load(Ordering::Relaxed) {
+        pace.tick().await?;
+        let now = Instant::now();
+        while pace.due() <= now {
+            let due = pace.due();
+            if due >= own.window.to || !own.take_one() {
+                break 'load;
             }
+            pace.advance();
             turn = (turn + 1) % own.links.len();
-            let full = {
-                let mut seen = lock(&own.seen);
-                let full = seen.in_flight >= own.in_flight_max;
-                if full && own.counts(due) {
-                    seen.achieved.unsent += 1;
-                }
-                seen.in_flight += usize::from(!full);
-                full
-            };
-            if !full {
-                let (own, link) = (Arc::clone(own), turn);
-                tokio::spawn(async move {
-                    own.launch(link, due).await;
-                    lock(&own.seen).in_flight -= 1;
-                });
-            }
+            own.send_or_count(turn, due);
         }
     }
     // What is under way may end: each is bounded by its budget.
@@ -393,12 +328,32 @@ async fn open(own: &Arc<Own>, rate: f64) -> Result<(), Fault> {
 }
 
 impl Own {
-    /// Whether another launch may start.
-    fn take(&self) -> bool {
-        let shared = &self.shared;
-        if shared.stop.load(Ordering::Relaxed) || Instant::now() >= self.window.to {
-            return false;
+    /// Starts a launch that is due, or counts that too many are in flight.
+    fn send_or_count(self: &Arc<Self>, link: usize, due: Instant) {
+        let mut seen = lock(&self.seen);
+        if seen.in_flight >= self.in_flight_max {
+            seen.achieved.unsent += u64::from(self.counts(due));
+            return;
         }
+        seen.in_flight += 1;
+        drop(seen);
+        let own = Arc::clone(self);
+        tokio::spawn(async move {
+            own.launch(link, due).await;
+            lock(&own.seen).in_flight -= 1;
+        });
+    }
+
+    /// Whether another launch may start, in a closed loop.
+    fn take(&self) -> bool {
+        !self.shared.stop.load(Ordering::Relaxed)
+            && Instant::now() < self.window.to
+            && self.take_one()
+    }
+
+    /// Takes one launch out of a burst.
+    fn take_one(&self) -> bool {
+        let shared = &self.shared;
         let taken = shared.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
             if left == u64::MAX { Some(left) } else { left.checked_sub(1) }
         });
@@ -418,9 +373,9 @@ impl Own {
         let mut id = [0; 16];
         lock(&self.seen).rng.fill_bytes(&mut id);
         let request = self.template.with(id);
-        let connection = link.connection.lock().await.clone();
+        let way = link.way();
         let limit = Duration::from_millis(u64::from(self.template.head.budget_ms) + 1_000);
-        let sent = stream::launch(&connection, self.template.head, &request);
+        let sent = way.launch(self.template.head, &request);
         let outcome = match tokio::time::timeout(limit, sent).await {
             Ok(outcome) => outcome,
             Err(_) => {
@@ -428,10 +383,10 @@ impl Own {
                 Err(LaunchLost::Unknown(fault))
             }
         };
-        let lost = matches!(outcome, Err(LaunchLost::NotSent(_)));
+        let lost = outcome.is_err();
         self.note(due, outcome);
-        if lost {
-            self.redial(link, &connection).await;
+        if lost && !way.is_open() {
+            link.redial(&self.endpoint, self.carrier).await;
         }
     }
 
@@ -477,18 +432,6 @@ impl Own {
         };
         if seen.first_fault.is_none() {
             seen.first_fault = Some(format!("{}: {}", fault.code, fault.message));
-        }
-    }
-
-    /// Replaces a connection that broke; whoever comes second finds it replaced.
-    async fn redial(&self, link: &Link, broken: &Connection) {
-        let mut connection = link.connection.lock().await;
-        if connection.stable_id() != broken.stable_id() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        if let Ok(new) = quic::connect(&self.endpoint, link.addr, Role::Placer).await {
-            *connection = new;
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::{Claim, Load, Options, load::Measured};
+use super::{Carrier, Claim, Load, Options, load::Measured};
 
 /// Microseconds from the moment at which a launch was due to its reply.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -79,6 +79,8 @@ pub struct Report {
     pub claim: Claim,
     /// How load was offered.
     pub load: Load,
+    /// What carried launches from the bench to the placer; placer and hosts use lanes.
+    pub carrier: Carrier,
     /// Seconds that were measured.
     pub seconds: f64,
     /// Offered a second (open loop only).
@@ -110,6 +112,7 @@ pub(super) fn report(options: &Options, measured: &Measured, ceiling: Option<Cei
     Report {
         claim: options.claim,
         load: options.load,
+        carrier: options.carrier,
         seconds,
         offered_per_second: match options.load {
             Load::Open { rate } => Some(rate),
@@ -141,7 +144,11 @@ impl fmt::Display for Report {
             Load::Open { rate } => write!(f, "  offered    {rate:.0}/s, open loop")?,
             Load::Closed { in_flight } => write!(f, "  load       {in_flight} in flight")?,
         }
-        writeln!(f, ", {:.1} s measured", self.seconds)?;
+        let carrier = match self.carrier {
+            Carrier::Lane => "on lanes",
+            Carrier::Stream => "a stream each",
+        };
+        writeln!(f, ", {carrier}, {:.1} s measured", self.seconds)?;
         let LatencyUs { p50, p90, p99, p99_9, max } = self.latency_us;
         let ms = |us: u64| Duration::from_micros(us).as_secs_f64() * 1e3;
         writeln!(

@@ -1,0 +1,141 @@
+//! What is sent and over what: the request, and connections to placers.
+
+use std::{
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use quinn::{Connection, Endpoint};
+use wire::{
+    Code, Fault, LaunchId,
+    launch::{LaunchHead, LaunchReply, LaunchRequest, Limits, Network},
+    seal::Role,
+};
+use wire_net::{
+    lane::Lane,
+    quic,
+    stream::{self, LaunchLost},
+};
+
+use super::{Carrier, Options};
+
+/// A request whose id is put in anew each time.
+pub(super) struct Template {
+    bytes: Vec<u8>,
+    id_at: usize,
+    pub(super) head: LaunchHead,
+}
+
+impl Template {
+    pub(super) fn new(options: &Options, tenant: String) -> Result<Self, Fault> {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let mut request = LaunchRequest {
+            launch_id: LaunchId([0x55; 16]),
+            tenant,
+            image: options.image.clone(),
+            shape: options.shape,
+            command: options.command.clone(),
+            env: Vec::new(),
+            cwd: String::new(),
+            user: String::new(),
+            tty: false,
+            stdin: false,
+            limits: Limits { hard_ms: millis(options.lifetime), ..Limits::default() },
+            network: Network::None,
+            labels: Vec::new(),
+        };
+        request.check()?;
+        let bytes = request.to_bytes();
+        request.launch_id = LaunchId([0xaa; 16]);
+        let other = request.to_bytes();
+        let id_at = bytes.iter().zip(&other).position(|(a, b)| a != b).unwrap_or(0);
+        let differ = bytes.iter().zip(&other).filter(|(a, b)| a != b).count();
+        if differ != 16 || bytes.len() != other.len() {
+            return Err(Fault::new(Code::Internal, "a request does not hold its id in one place"));
+        }
+        let budget_ms = u32::try_from(options.budget.as_millis()).unwrap_or(u32::MAX);
+        let head =
+            LaunchHead { budget_ms: budget_ms.min(wire::limits::BUDGET_MS_MAX), named: false };
+        Ok(Self { bytes, id_at, head })
+    }
+
+    /// Bytes of a request.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The bytes of the request with this id.
+    pub(super) fn with(&self, id: [u8; 16]) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        bytes[self.id_at..self.id_at + 16].copy_from_slice(&id);
+        bytes
+    }
+}
+
+/// The way to a placer, dialled anew when it broke.
+pub(super) struct Link {
+    addr: SocketAddr,
+    way: Mutex<Way>,
+    dialling: tokio::sync::Mutex<()>,
+}
+
+/// A connection, and the lane on it if launches go by lane.
+#[derive(Clone)]
+pub(super) struct Way {
+    connection: Connection,
+    lane: Option<Lane>,
+}
+
+impl Way {
+    async fn dial(endpoint: &Endpoint, addr: SocketAddr, carrier: Carrier) -> Result<Self, Fault> {
+        let connection = quic::connect(endpoint, addr, Role::Placer).await?;
+        let lane = match carrier {
+            Carrier::Lane => Some(Lane::open(&connection).await?),
+            Carrier::Stream => None,
+        };
+        Ok(Self { connection, lane })
+    }
+
+    pub(super) async fn launch(
+        &self,
+        head: LaunchHead,
+        request: &[u8],
+    ) -> Result<LaunchReply, LaunchLost> {
+        match &self.lane {
+            Some(lane) => lane.launch(head, request)?.await,
+            None => stream::launch(&self.connection, head, request).await,
+        }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.connection.close_reason().is_none() && self.lane.as_ref().is_none_or(Lane::is_open)
+    }
+}
+
+impl Link {
+    pub(super) async fn dial(
+        endpoint: &Endpoint,
+        addr: SocketAddr,
+        carrier: Carrier,
+    ) -> Result<Self, Fault> {
+        let way = Mutex::new(Way::dial(endpoint, addr, carrier).await?);
+        Ok(Self { addr, way, dialling: tokio::sync::Mutex::new(()) })
+    }
+
+    pub(super) fn way(&self) -> Way {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces a way that broke; whoever comes second finds it replaced.
+    pub(super) async fn redial(&self, endpoint: &Endpoint, carrier: Carrier) {
+        let _dialling = self.dialling.lock().await;
+        if self.way().is_open() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if let Ok(new) = Way::dial(endpoint, self.addr, carrier).await {
+            *self.way.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        }
+    }
+}
