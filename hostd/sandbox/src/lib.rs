@@ -11,6 +11,7 @@ pub mod bench;
 mod cgroup;
 mod client;
 mod error;
+mod filter;
 mod inside;
 mod msg;
 mod packet;

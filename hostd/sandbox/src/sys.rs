@@ -294,6 +294,11 @@ pub(crate) fn schedule_for_launch() -> io::Result<()> {
     schedule(0, -20, 100_000)
 }
 
+/// Gives up the priority of the launch path and keeps its short slices, which anybody may have.
+pub(crate) fn schedule_for_first_instruction() -> io::Result<()> {
+    schedule(0, 0, 100_000)
+}
+
 /// Schedules a process (0: this one) like any other.
 pub(crate) fn schedule_normally(pid: i32) -> io::Result<()> {
     schedule(pid, 0, 0)

@@ -11,16 +11,12 @@ use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, Scope,
 };
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 
 use crate::error::Fault;
+use crate::filter::{Check, Test, Verdict, compile};
 use crate::sys;
 use crate::syscalls::{ALLOWED, FOR_THE_CLAIM};
-
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Both filters, compiled once by the spawner.
 pub(crate) struct Filters {
@@ -29,61 +25,48 @@ pub(crate) struct Filters {
 }
 
 /// Clone flags that make a namespace, `CLONE_NEWTIME` aside (which is no clone flag but a signal bit).
-const NAMESPACES: u64 = 0x7e02_0000;
+const NAMESPACES: u32 = 0x7e02_0000;
+const ENOSYS: u16 = 38;
+const EPERM: u16 = 1;
 
-fn condition(
-    index: u8,
-    length: SeccompCmpArgLen,
-    op: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompCondition, seccompiler::BackendError> {
-    SeccompCondition::new(index, length, op, value)
+fn check(argument: u8, test: Test, then: Verdict, otherwise: Verdict) -> Verdict {
+    Verdict::Check(Check { argument, test, then: Box::new(then), otherwise: Box::new(otherwise) })
 }
 
-fn special_rules(rules: &mut Rules) -> Result<(), seccompiler::BackendError> {
-    use SeccompCmpArgLen::{Dword, Qword};
-    use SeccompCmpOp::{Eq, MaskedEq, Ne};
-    let no_namespace = condition(0, Qword, MaskedEq(NAMESPACES), 0)?;
-    rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![no_namespace])?]);
-    // Neither typing into a terminal for its reader nor pasting on a console.
-    let terminal =
-        vec![condition(1, Dword, Ne, libc::TIOCSTI)?, condition(1, Dword, Ne, libc::TIOCLINUX)?];
-    rules.insert(libc::SYS_ioctl, vec![SeccompRule::new(terminal)?]);
-    let mut personality = Vec::new();
-    for value in [0, 0x0008, 0x0002_0000, 0x0002_0008, 0x0004_0000, 0xffff_ffff] {
-        personality.push(SeccompRule::new(vec![condition(0, Dword, Eq, value)?])?);
-    }
-    rules.insert(libc::SYS_personality, personality);
-    // No vsock (it is not in any namespace and ends at the hypervisor), no packet, no AF_ALG.
-    let mut families = Vec::new();
-    for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6] {
-        let family = u64::from(family.unsigned_abs());
-        families.push(SeccompRule::new(vec![condition(0, Dword, Eq, family)?])?);
-    }
-    let netlink = u64::from(libc::AF_NETLINK.unsigned_abs());
-    families.push(SeccompRule::new(vec![
-        condition(0, Dword, Eq, netlink)?,
-        condition(2, Dword, Eq, 0)?,
-    ])?);
-    rules.insert(libc::SYS_socket, families);
-    Ok(())
+/// Calls that are allowed by their arguments.
+fn special_rules() -> [(i64, Verdict); 4] {
+    use Verdict::{Allow, Refuse};
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(i32::unsigned_abs);
+    let netlink = libc::AF_NETLINK.unsigned_abs();
+    // No vsock (it is in no namespace and ends at the hypervisor), no packet, no AF_ALG; of netlink
+    // only routes, which C libraries ask for addresses.
+    let routes = check(2, Test::OneOf(vec![0]), Allow, Refuse(ENOSYS));
+    let or_netlink = check(0, Test::OneOf(vec![netlink]), routes, Refuse(ENOSYS));
+    // Neither typing into a terminal for its reader (TIOCSTI) nor pasting on a console (TIOCLINUX).
+    let terminal = Test::OneOf(vec![0x5412, 0x541c]);
+    let personalities = vec![0, 0x0008, 0x0002_0000, 0x0002_0008, 0x0004_0000, 0xffff_ffff];
+    [
+        (libc::SYS_clone, check(0, Test::AnyBit(NAMESPACES), Refuse(EPERM), Allow)),
+        (libc::SYS_ioctl, check(1, terminal, Refuse(EPERM), Allow)),
+        (libc::SYS_personality, check(0, Test::OneOf(personalities), Allow, Refuse(EPERM))),
+        (libc::SYS_socket, check(0, Test::OneOf(families.to_vec()), Allow, or_netlink)),
+    ]
+}
+
+fn numbered(
+    rules: impl IntoIterator<Item = (i64, Verdict)>,
+) -> Result<BTreeMap<u32, Verdict>, String> {
+    let narrow = |(n, v)| u32::try_from(n).map(|n| (n, v)).map_err(|e| format!("seccomp: {e}"));
+    rules.into_iter().map(narrow).collect()
 }
 
 impl Filters {
     /// Compiles both.
     pub(crate) fn compile() -> Result<Self, String> {
-        let arch =
-            TargetArch::try_from(std::env::consts::ARCH).map_err(|e| format!("seccomp: {e}"))?;
-        let text = |e: seccompiler::BackendError| format!("seccomp: {e}");
-        let mut rules: Rules =
-            ALLOWED.iter().chain(FOR_THE_CLAIM).map(|n| (*n, Vec::new())).collect();
-        special_rules(&mut rules).map_err(text)?;
-        let refuse = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
-        let first = SeccompFilter::new(rules, refuse(libc::ENOSYS), SeccompAction::Allow, arch);
-        let first = first.and_then(BpfProgram::try_from).map_err(text)?;
-        let rules: Rules = FOR_THE_CLAIM.iter().map(|n| (*n, Vec::new())).collect();
-        let second = SeccompFilter::new(rules, SeccompAction::Allow, refuse(libc::EPERM), arch);
-        let second = second.and_then(BpfProgram::try_from).map_err(text)?;
+        let allowed = ALLOWED.iter().chain(FOR_THE_CLAIM).map(|n| (*n, Verdict::Allow));
+        let first = compile(&numbered(allowed.chain(special_rules()))?, &Verdict::Refuse(ENOSYS))?;
+        let taken = FOR_THE_CLAIM.iter().map(|n| (*n, Verdict::Refuse(EPERM)));
+        let second = compile(&numbered(taken)?, &Verdict::Allow)?;
         Ok(Self { first, second })
     }
 

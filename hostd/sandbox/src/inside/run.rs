@@ -72,8 +72,7 @@ pub(super) fn start(
     let mut said = Vec::with_capacity(8);
     let read = std::fs::File::from(status_in).take(8).read_to_end(&mut said);
     if read.is_ok() && said.is_empty() {
-        // The program has begun with the priority of the launch; what it may have forked in these
-        // microseconds keeps it, which counts only within the box's own cgroup.
+        // The program has begun with the short slices of the launch.
         let _ = sys::schedule_normally(pid);
         return Ok(Started { pid, master });
     }
@@ -220,6 +219,7 @@ fn arrange(
     }
     sys::move_fd(status.as_fd(), 3, true).map_err(at(Stage::Stdio))?;
     sys::close_from(4).map_err(at(Stage::Stdio))?;
+    let _ = sys::schedule_for_first_instruction();
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let (_, hard) = sys::open_files_limit();
     let hard = launch.open_files.min(hard);

@@ -56,10 +56,14 @@ impl Spawning {
         if preparing >= PREPARING_MAX {
             return None;
         }
+        // A box that is being made takes the core of one that is being launched: while one is, only
+        // the emptier half of a pool is filled.
+        let launching = self.boxes.values().any(|b| b.state == State::Starting);
         let lack = |shape: usize| {
-            let waiting =
-                self.waiting.iter().filter(|w| w.claim.shape == self.config.shapes[shape].name);
-            let target = self.config.shapes[shape].parked as usize + waiting.count();
+            let name = &self.config.shapes[shape].name;
+            let waiting = self.waiting.iter().filter(|w| w.claim.shape == *name).count();
+            let parked = self.config.shapes[shape].parked as usize;
+            let target = waiting + if launching { parked / 2 } else { parked };
             target.saturating_sub(self.count(shape, &[State::Preparing, State::Parked]))
         };
         (0..self.config.shapes.len()).filter(|s| lack(*s) > 0).max_by_key(|s| lack(*s))
