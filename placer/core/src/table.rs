@@ -121,6 +121,12 @@ pub(crate) fn is_unheard(word: CapacityWord) -> bool {
 
 pub(crate) const VACANT: u64 = CapacityWord::ABSENT;
 
+fn revised(old: CapacityWord, by: CapacityWord) -> CapacityWord {
+    let mut free = old.free_all();
+    free.iter_mut().zip(by.free_all()).for_each(|(free, by)| *free = by.min(*free));
+    CapacityWord::new(free, by.flags(), by.stamp())
+}
+
 fn less_one(word: CapacityWord, shape: ShapeId) -> CapacityWord {
     let mut free = word.free_all();
     free[shape.index()] = free[shape.index()].saturating_sub(1);
@@ -260,11 +266,17 @@ impl<W: Words> CapacityTable<W> {
         (!is_vacant(word)).then(|| (HostId(id.load(Ordering::Relaxed)), word))
     }
 
-    /// A word from the feed. The newer stamp wins (PROTOCOL 4.2); says whether the word was taken.
+    /// A word from the feed. The newer stamp wins (PROTOCOL 4.2); says whether anything was taken. A word of the same stamp is
+    /// the same heartbeat, revised by the aggregator or delayed on the way: its flags count (a quarantine began or ended), and
+    /// of each count the lower, since a reply may have told us more.
     pub fn feed(&self, host: HostId, word: CapacityWord) -> bool {
         self.slot_of(host).is_some_and(|slot| {
             self.hear(slot, host, |old| match old {
-                Some(old) => word.stamp().is_after(old.stamp()).then_some(word),
+                Some(old) if word.stamp().is_after(old.stamp()) => Some(word),
+                Some(old) if word.stamp() == old.stamp() => {
+                    Some(revised(old, word)).filter(|new| *new != old)
+                }
+                Some(_) => None,
                 None => Some(word),
             })
         })

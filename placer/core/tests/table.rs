@@ -131,6 +131,19 @@ fn a_refusal_corrects_and_keeps_a_quarantine() {
 }
 
 #[test]
+fn the_same_heartbeat_again_brings_flags_and_lower_counts_only() {
+    let table = table(4, 1, 9);
+    let now = || table.get(HostId(1)).unwrap().0.unwrap();
+    assert!(table.feed(HostId(1), word(9, 1).with(CapacityWord::QUARANTINED)));
+    assert!(now().has(CapacityWord::QUARANTINED));
+    assert!(table.feed(HostId(1), word(4, 1)), "released, and another placer was refused");
+    assert_eq!(now(), word(4, 1));
+    assert!(!table.feed(HostId(1), word(9, 1)), "delayed on the way");
+    assert_eq!(now(), word(4, 1));
+    assert!(!table.feed(HostId(1), word(1, 0)));
+}
+
+#[test]
 fn what_a_crashed_placer_reserved_is_forgotten() {
     let table = table(4, 1, 1);
     let mut rng = SmallRng::seed_from_u64(1);
