@@ -213,9 +213,10 @@ impl Publisher {
         let names: BTreeSet<Digest> = built.pages.iter().map(|page| page.digest).collect();
         known.retired.retain(|digest, _| !names.contains(digest));
         let puts = stream::iter(built.new).map(|page| self.put_page(page)).buffer_unordered(PUTS);
-        let failed = puts.filter_map(async |put| put.err()).collect::<Vec<_>>().await;
-        if let Some(error) = failed.first() {
-            tracing::warn!(%error, pages = failed.len(), "pages were not put; the map stays as it was");
+        let puts: Vec<Result<(), _>> = puts.collect().await;
+        let failed = puts.iter().filter(|put| put.is_err()).count();
+        if let Some(Err(error)) = puts.iter().find(|put| put.is_err()) {
+            tracing::warn!(%error, failed, "pages were not put; the map stays as it was");
             self.figures.failed.fetch_add(1, Ordering::Relaxed);
             return Duration::from_millis(500);
         }
