@@ -53,6 +53,35 @@ fn main() {
     latency(&spawner, &mut events, &runtime, &root, dir.path());
     lives(&spawner, events, &runtime, &root);
     runtime.block_on(spawner.shutdown(true)).unwrap();
+    idle(dir.path(), &runtime);
+}
+
+/// What a parked box costs in memory, by what the machine has left.
+fn idle(dir: &Path, runtime: &tokio::runtime::Runtime) {
+    let boxes = u32::try_from(number("VOLLEY_IDLE", 500)).unwrap();
+    let shape = Shape {
+        name: "small".into(),
+        cpu_millis: 1000,
+        memory_bytes: 128 << 20,
+        pids: 64,
+        parked: boxes,
+    };
+    let config = Config { slots: boxes, ..Config::new(dir.join("idle"), vec![shape]) };
+    let available = || {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    let (before, start) = (available(), Instant::now());
+    let Joined { spawner, .. } = Spawner::connect_or_start(&config).unwrap();
+    while runtime.block_on(spawner.pool()).unwrap()[0].parked < boxes {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let (after, time) = (available(), start.elapsed());
+    let each = before.saturating_sub(after) / u64::from(boxes);
+    let rate = f64::from(boxes) / time.as_secs_f64();
+    println!("{boxes} parked boxes: {each} KiB each (MemAvailable), made at {rate:.0} a second");
+    runtime.block_on(spawner.shutdown(true)).unwrap();
 }
 
 fn spec(root: &Path, id: u128) -> ClaimSpec {

@@ -108,7 +108,8 @@ impl Spawner {
     /// Refused (nothing touched), failed (undone), or unknown (the spawner is gone, and with it every
     /// box).
     pub async fn claim(&self, spec: ClaimSpec) -> Result<Running, ClaimError> {
-        self.claim_begin(spec)?.finish().await
+        let begun = self.claim_begin(spec)?;
+        self.finish_claim(begun.id, received(begun.answer.await)?)
     }
 
     /// [`Spawner::claim`] for a thread without a runtime.
@@ -118,7 +119,7 @@ impl Spawner {
     pub fn claim_blocking(&self, spec: ClaimSpec) -> Result<Running, ClaimError> {
         let begun = self.claim_begin(spec)?;
         let outcome = begun.answer.blocking_recv();
-        finish_claim(begun.id, received(outcome)?)
+        self.finish_claim(begun.id, received(outcome)?)
     }
 
     fn claim_begin(&self, spec: ClaimSpec) -> Result<Begun, ClaimError> {
@@ -290,6 +291,26 @@ impl Spawner {
         self.done(Ask::Shutdown { kill }).await
     }
 
+    fn finish_claim(
+        &self,
+        id: SandboxId,
+        (answer, fds): (Answer, Vec<OwnedFd>),
+    ) -> Result<Running, ClaimError> {
+        let Answer::Started { pid, slot, mut steps, stdio } = answer else {
+            return Err(unexpected(&answer));
+        };
+        steps.answered = sys::now_ns();
+        match named(stdio, fds) {
+            Ok(stdio) => Ok(Running { id, pid, slot, stdio, steps }),
+            Err(why) => {
+                // It runs, and nobody could hear it: undone like any failure. If this cannot be sent
+                // either, the spawner is gone, and the sandbox with it.
+                drop(self.send(Ask::Kill { id }, &[]));
+                Err(why)
+            }
+        }
+    }
+
     async fn done(&self, ask: Ask) -> Result<(), ClaimError> {
         match self.ask(ask).await? {
             (Answer::Done, _) => Ok(()),
@@ -332,12 +353,6 @@ struct Begun {
     answer: oneshot::Receiver<Outcome>,
 }
 
-impl Begun {
-    async fn finish(self) -> Result<Running, ClaimError> {
-        finish_claim(self.id, received(self.answer.await)?)
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -354,33 +369,25 @@ fn received(
     }
 }
 
-fn finish_claim(
-    id: SandboxId,
-    (answer, fds): (Answer, Vec<OwnedFd>),
-) -> Result<Running, ClaimError> {
-    match answer {
-        Answer::Started { pid, slot, mut steps, stdio } => {
-            steps.answered = sys::now_ns();
-            Ok(Running { id, pid, slot, stdio: named(stdio, fds)?, steps })
-        }
-        other => Err(unexpected(&other)),
-    }
-}
-
 fn unexpected(answer: &Answer) -> ClaimError {
     ClaimError::Unknown { why: format!("it answered out of turn: {answer:?}") }
 }
 
 fn named(which: StdioFds, fds: Vec<OwnedFd>) -> Result<Stdio, ClaimError> {
+    let wanted = [which.stdin, which.stdout, which.stderr, which.pty];
+    if fds.len() != wanted.iter().filter(|w| **w).count() {
+        // This process had no room for them.
+        let what = "take the descriptors of its stdio".into();
+        return Err(Fault::Os { what, errno: libc::EMFILE }.into());
+    }
     let mut fds = fds.into_iter();
     let mut next = |there: bool| if there { fds.next() } else { None };
-    let stdio = Stdio {
+    Ok(Stdio {
         stdin: next(which.stdin),
         stdout: next(which.stdout),
         stderr: next(which.stderr),
         pty: next(which.pty),
-    };
-    Ok(stdio)
+    })
 }
 
 fn read_listing(fd: OwnedFd) -> Result<Vec<FileStat>, ClaimError> {
@@ -450,7 +457,10 @@ fn start(config: &Config) -> Result<(), StartError> {
             return Err(StartError::Setup(why));
         }
     };
+    use std::os::unix::process::CommandExt;
     let mut child = Command::new(path)
+        // What `ps` in a box shows of its init: no path of the host.
+        .arg0("volley")
         .arg(ARGUMENT)
         .env_clear()
         .stdin(ChildStdio::piped())

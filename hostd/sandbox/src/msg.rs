@@ -215,6 +215,20 @@ pub(crate) enum FromBox {
     },
 }
 
+impl FromBox {
+    /// The question that this answers.
+    pub(crate) fn number(&self) -> Option<u64> {
+        match self {
+            Self::Executed { number }
+            | Self::NotDone { number, .. }
+            | Self::Signalled { number }
+            | Self::File { number, .. }
+            | Self::Connected { number } => Some(*number),
+            _ => None,
+        }
+    }
+}
+
 macro_rules! coded {
     ($($type:ty),*) => {$(
         impl $type {

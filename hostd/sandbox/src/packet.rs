@@ -96,10 +96,12 @@ pub(crate) struct Packet {
     pub(crate) len: usize,
     /// Descriptors that came along, close-on-exec.
     pub(crate) fds: Vec<OwnedFd>,
+    /// Whether more descriptors came than this process had room for. The rest is closed.
+    pub(crate) cut: bool,
 }
 
-/// Receives one packet into `buffer`. A packet cut short (too long, or too many descriptors) is an
-/// `InvalidData` error; its descriptors are closed.
+/// Receives one packet into `buffer`. A packet longer than that is an `InvalidData` error; its descriptors
+/// are closed.
 pub(crate) fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8], block: bool) -> io::Result<Packet> {
     use std::os::fd::AsRawFd;
     let mut control = [MaybeUninit::<u64>::uninit(); CONTROL_WORDS];
@@ -138,10 +140,11 @@ pub(crate) fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8], block: bool) -> io
             at = libc::CMSG_NXTHDR(&raw const header, at);
         }
     }
-    if header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+    if header.msg_flags & libc::MSG_TRUNC != 0 {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "packet cut short"));
     }
-    Ok(Packet { len: usize::try_from(got).unwrap_or(0), fds })
+    let cut = header.msg_flags & libc::MSG_CTRUNC != 0;
+    Ok(Packet { len: usize::try_from(got).unwrap_or(0), fds, cut })
 }
 
 /// Borrows a list of owned descriptors, for [`send`].

@@ -119,15 +119,29 @@ pub struct RootSpec {
 }
 
 impl RootSpec {
+    /// A root of directories by path, as `hostd-image` names them: topmost first.
+    ///
+    /// # Errors
+    /// What opening a directory gives.
+    pub fn layered<P: AsRef<std::path::Path>>(
+        lowers: &[P],
+        data_lowers: &[P],
+    ) -> std::io::Result<Self> {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let open = |path: &P| Ok(rustix::fs::open(path.as_ref(), flags, Mode::empty())?);
+        Ok(Self {
+            lowers: lowers.iter().map(open).collect::<std::io::Result<_>>()?,
+            data_lowers: data_lowers.iter().map(open).collect::<std::io::Result<_>>()?,
+        })
+    }
+
     /// A root of one directory.
     ///
     /// # Errors
     /// What opening the directory gives.
     pub fn directory(path: impl AsRef<std::path::Path>) -> std::io::Result<Self> {
-        use rustix::fs::{Mode, OFlags};
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(path.as_ref(), flags, Mode::empty())?;
-        Ok(Self { lowers: vec![fd], data_lowers: Vec::new() })
+        Self::layered(&[path], &[])
     }
 }
 
@@ -283,7 +297,7 @@ pub enum Event {
         /// How it ended.
         status: ExitStatus,
     },
-    /// Parked boxes of a shape changed.
+    /// A shape has just run out of parked boxes, or has one again.
     Pool(PoolState),
     /// The spawner is gone, and every box with it. The last event.
     Gone,

@@ -25,6 +25,7 @@ fn main() {
         ("starts_that_cannot_be_fail_by_kind", starts_that_cannot_be_fail_by_kind),
         ("users_and_directories", users_and_directories),
         ("the_image_stays_as_it_was", the_image_stays_as_it_was),
+        ("layers_and_data_only_layers", layers_and_data_only_layers),
         ("signals_and_kill", signals_and_kill),
         ("memory_limit", memory_limit),
         ("pids_limit", pids_limit),
@@ -61,6 +62,8 @@ fn a_shell_runs_in_its_own_world() {
     assert_eq!(out, "y\n");
     let (out, ..) = place.shell("cat /proc/net/dev | tr -d ' ' | grep -o '^[a-z0-9]*:'");
     assert_eq!(out, "lo:\n");
+    let (out, ..) = place.shell("cat /etc/hosts; cat /proc/1/cmdline | tr '\\0' ' '");
+    assert_eq!(out, "127.0.0.1\tlocalhost sandbox\n::1\tlocalhost\nvolley __spawner ");
 }
 
 fn fault(place: &mut Place, program: Program) -> Fault {
@@ -131,12 +134,48 @@ fn the_image_stays_as_it_was() {
     let line = "stat -c '%u %a' / /bin/sh /root /tmp; rm /bin/true; echo z > /etc/new; \
                 chown 5 /etc/passwd; stat -c %u /etc/passwd; ls /etc | tr '\\n' ' '";
     let (out, err, _) = place.shell(line);
-    let wanted = "0 755\n0 755\n0 700\n0 1777\n5\ngroup new passwd ";
+    let wanted = "0 755\n0 755\n0 700\n0 1777\n5\ngroup hosts new passwd ";
     assert_eq!((out.as_str(), err.as_str()), (wanted, ""));
     use std::os::unix::fs::MetadataExt;
     assert!(place.root.join("bin/true").exists() && !place.root.join("etc/new").exists());
     assert_eq!(fs::metadata(place.root.join("etc/passwd")).unwrap().uid(), 0);
     assert!(!place.root.join("proc").exists(), "mount points are the box's own");
+}
+
+/// A root as hostd-image makes it: a layer of metadata whose files point into a layer of objects.
+fn layers_and_data_only_layers() {
+    let mut place = place(2);
+    let dir = tempfile::tempdir().unwrap();
+    let (meta, objects) = (dir.path().join("meta"), dir.path().join("objects"));
+    for path in [meta.join("etc"), objects.join("ab")] {
+        fs::create_dir_all(path).unwrap();
+    }
+    house::set_mode(&meta, 0o755);
+    fs::write(objects.join("ab/object"), "from the object\n").unwrap();
+    fs::write(meta.join("etc/far"), "").unwrap();
+    fs::write(meta.join("etc/passwd"), "above").unwrap();
+    let file = fs::OpenOptions::new().write(true).open(meta.join("etc/far")).unwrap();
+    file.set_len(16).unwrap();
+    let set = |name: &str, value: &[u8]| {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(meta.join("etc/far"), name, value, flags)
+    };
+    if let Err(e) = set("trusted.overlay.metacopy", b"") {
+        return println!("skipped: no trusted attributes here: {e}");
+    }
+    set("trusted.overlay.redirect", b"/ab/object").unwrap();
+    let line = "cat /etc/far /etc/passwd; stat -c '%u %s' /etc/far; cat /etc/group; echo more >> /etc/far; cat /etc/far";
+    let mut spec = place.spec(Program::new(["sh", "-c", line]));
+    spec.root = hostd_sandbox::RootSpec::layered(&[meta, place.root.clone()], &[objects]).unwrap();
+    let running = wait(place.spawner.claim(spec)).unwrap();
+    let (out, err, _) = place.finish(running);
+    let wanted = "from the object\nabove0 16\nroot:x:0:\nweb:x:33:\nlog:x:40:web\n\
+                  from the object\nmore\n";
+    assert_eq!((out.as_str(), err.as_str()), (wanted, ""));
+    assert_eq!(
+        fs::read_to_string(dir.path().join("objects/ab/object")).unwrap(),
+        "from the object\n"
+    );
 }
 
 fn signals_and_kill() {

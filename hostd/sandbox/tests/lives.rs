@@ -19,6 +19,9 @@ use house::{place, read_all, run, wait};
 fn main() {
     hostd_sandbox::main_if_asked();
     let args: Vec<String> = std::env::args().collect();
+    if args.get(1).is_some_and(|a| a == "__hostd-of-forty") {
+        return be_hostd_of_forty(&args[2], &args[3]);
+    }
     if args.get(1).is_some_and(|a| a == "__hostd") {
         return be_hostd(&args[2], &args[3]);
     }
@@ -28,6 +31,8 @@ fn main() {
         ("spawner_killed_nothing_left", spawner_killed_nothing_left),
         ("spawner_killed_frozen_box_swept", spawner_killed_frozen_box_swept),
         ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
+        ("no_descriptors_left", no_descriptors_left),
+        ("forty_outlive_hostd", forty_outlive_hostd),
         ("full_is_refused_and_freed", full_is_refused_and_freed),
         ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
     ]);
@@ -73,8 +78,13 @@ struct Hostd {
 
 fn hostd() -> Hostd {
     let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
+    let child = hostd_by("__hostd", &dir, &root);
+    Hostd { child, dir, _root: root }
+}
+
+fn hostd_by(role: &str, dir: &tempfile::TempDir, root: &tempfile::TempDir) -> std::process::Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .arg("__hostd")
+        .arg(role)
         .args([dir.path(), root.path()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -83,7 +93,7 @@ fn hostd() -> Hostd {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, "up\n");
-    Hostd { child, dir, _root: root }
+    child
 }
 
 fn hostd_killed_boxes_adopted() {
@@ -262,6 +272,91 @@ fn two_hundred_claims_leave_all_flat() {
     settle(&place);
     assert_eq!(look(pid), before);
     assert!(pages() <= rss + rss / 20 + 64, "{} pages, {rss} before", pages());
+}
+
+fn limit_descriptors(pid: u32, soft: u64) -> u64 {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap());
+    let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let limit = rustix::process::Rlimit { current: Some(soft), maximum: before.maximum };
+    let old = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+    old.current.unwrap()
+}
+
+/// O2: neither the spawner nor hostd has room for one more descriptor: launches fail by name, nothing is
+/// half made, and afterwards all is as before.
+fn no_descriptors_left() {
+    let mut place = place(2);
+    place.shell("exit 0");
+    let pid = place.spawner.pid();
+    let open = |pid: u32| fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+    for spare in 0..12 {
+        let old = limit_descriptors(pid, open(pid) + spare);
+        let outcome = place.claim(Program::new(["true"]));
+        limit_descriptors(pid, old);
+        match outcome {
+            Ok(running) => drop(place.exited(running.id)),
+            Err(ClaimError::Unknown { why }) => panic!("with {spare} spare: {why}"),
+            Err(_) => {}
+        }
+    }
+    let own = std::process::id();
+    for spare in 0..8 {
+        let spec = place.spec(Program::new(["sleep", "1000"]));
+        let id = spec.id;
+        let old = limit_descriptors(own, open(own) + spare);
+        // This thread's runtime needs some too.
+        let outcome = place.spawner.claim_blocking(spec);
+        limit_descriptors(own, old);
+        match outcome {
+            Ok(_) => {
+                wait(place.spawner.kill(id)).unwrap();
+                place.exited(id);
+            }
+            Err(ClaimError::Unknown { why }) => panic!("with {spare} spare: {why}"),
+            Err(_) => {}
+        }
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while wait(place.spawner.pool()).unwrap()[0].running > 0 {
+        assert!(std::time::Instant::now() < deadline, "a failed launch still runs");
+    }
+    assert_eq!(place.shell("echo well").0, "well\n");
+}
+
+fn be_hostd_of_forty(dir: &str, root: &str) {
+    let config = Config { slots: 64, ..config(Path::new(dir)) };
+    let joined = Spawner::connect_or_start(&config).unwrap();
+    for id in 0..40 {
+        wait(joined.spawner.claim(spec(Path::new(root), id, "read x; exit $x"))).unwrap();
+    }
+    println!("up");
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+fn forty_outlive_hostd() {
+    let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
+    let mut hostd = hostd_by("__hostd-of-forty", &dir, &root);
+    hostd.kill().unwrap();
+    hostd.wait().unwrap();
+    let Joined { spawner, mut events, live, .. } =
+        Spawner::connect_or_start(&config(dir.path())).unwrap();
+    assert_eq!(live.len(), 40);
+    for sandbox in &live {
+        let stdio = wait(spawner.stdio(sandbox.id)).unwrap();
+        let line = format!("{}\n", sandbox.id[0]);
+        rustix::io::write(stdio.stdin.as_ref().unwrap(), line.as_bytes()).unwrap();
+    }
+    for _ in 0..40 {
+        let ended = loop {
+            if let Event::Exited(ended) = wait(events.recv()).unwrap() {
+                break ended;
+            }
+        };
+        assert_eq!(ended.status.code, Some(i32::from(ended.id[0])));
+        wait(spawner.forget(ended.id)).unwrap();
+    }
+    wait(spawner.shutdown(true)).unwrap();
+    assert_clean(&config(dir.path()), spawner.pid());
 }
 
 fn full_is_refused_and_freed() {

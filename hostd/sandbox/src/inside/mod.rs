@@ -64,7 +64,12 @@ fn live(setup: Setup<'_>) -> i32 {
         return 73;
     };
     let claim = Claimed { fds: packet.fds, program, hostname, limits, parts, woken };
-    match start(&control, claim, filters) {
+    let started = if packet.cut {
+        Err(Fault::Os { what: "take descriptors".into(), errno: libc::EMFILE })
+    } else {
+        start(&control, claim, filters)
+    };
+    match started {
         Ok(serving) => serve::serve(&control, serving, &mut buffer),
         Err(why) => {
             tell(&control, &FromBox::NotStarted { why });

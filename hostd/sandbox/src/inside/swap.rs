@@ -52,7 +52,25 @@ pub(super) fn swap(
     os("enter root", rustix::process::chroot("."))?;
     let hostname = if hostname.is_empty() { "sandbox" } else { hostname };
     os("host name", rustix::system::sethostname(hostname.as_bytes()))?;
+    // An image without /etc, or with a read-only one, goes without.
+    let _ = name_localhost(root.as_fd(), hostname);
     steps.pivoted = sys::now_ns();
+    Ok(())
+}
+
+/// Gives an image whose `/etc/hosts` is absent or empty (as exports of other tools leave it) one that
+/// names localhost and the box.
+fn name_localhost(root: BorrowedFd<'_>, hostname: &str) -> rustix::io::Result<()> {
+    let etc = open_directory(root, "etc")?;
+    match rustix::fs::statat(&etc, "hosts", AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => {}
+        Ok(stat) if stat.st_size == 0 && stat.st_mode & libc::S_IFMT == libc::S_IFREG => {}
+        _ => return Ok(()),
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(&etc, "hosts", flags, Mode::from_raw_mode(0o644))?;
+    let text = format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost\n");
+    rustix::io::write(file, text.as_bytes())?;
     Ok(())
 }
 

@@ -66,7 +66,7 @@ impl Spawning {
                 self.stopping = Some(from);
                 self.waiting.clear();
                 for built in self.boxes.values_mut() {
-                    if kill || matches!(built.state, State::Preparing | State::Parked) {
+                    if kill || matches!(built.entry.state(), State::Preparing | State::Parked) {
                         built.kill();
                     }
                 }
@@ -75,17 +75,18 @@ impl Spawning {
     }
 
     fn welcome(&mut self, from: From) {
-        let live = self.boxes.values().filter(|b| b.state == State::Running).filter_map(|b| {
-            let claimed = b.claimed.as_ref()?;
-            Some(Live {
-                id: claimed.id,
-                shape: self.config.shapes[b.shape].name.clone(),
-                pid: b.pid,
-                slot: b.slot,
-                paused: b.paused,
-                started_ns: claimed.started_ns,
-            })
-        });
+        let live =
+            self.boxes.values().filter(|b| b.entry.state() == State::Running).filter_map(|b| {
+                let claimed = b.claimed.as_ref()?;
+                Some(Live {
+                    id: claimed.id,
+                    shape: self.config.shapes[b.shape].name.clone(),
+                    pid: b.pid,
+                    slot: b.slot,
+                    paused: b.paused,
+                    started_ns: claimed.started_ns,
+                })
+            });
         let answer = Answer::Welcome {
             protocol: PROTOCOL,
             pid: std::process::id(),
@@ -176,7 +177,7 @@ impl Spawning {
         if let Some(slot) = self.parked(&claim.shape) {
             return self.hand_out(slot, from, claim, fds, received_ns);
         }
-        let on_the_way = self.boxes.values().any(|b| b.state == State::Preparing);
+        let on_the_way = self.tally.total(State::Preparing) > 0;
         let room = !self.free_slots.is_empty() || on_the_way;
         if !room || self.waiting.len() >= WAITING_MAX {
             let shape = claim.shape.clone();
@@ -189,8 +190,7 @@ impl Spawning {
 
     fn parked(&self, shape: &str) -> Option<u32> {
         let index = self.config.shapes.iter().position(|s| s.name == shape)?;
-        let ready = |b: &&super::boxes::Boxed| b.shape == index && b.state == State::Parked;
-        self.boxes.values().find(ready).map(|b| b.slot)
+        self.tally.ready(index)
     }
 
     /// Gives waiting claims the boxes that have become ready.
@@ -240,8 +240,10 @@ impl Spawning {
                 steps.composed = composed_ns;
                 self.by_id.insert(id, slot);
                 if let Some(built) = self.boxes.get_mut(&slot) {
-                    built.state = State::Starting;
+                    built.entry.enter(State::Starting);
                     built.claimed = Some(Claimed { id, from, steps, ends, started_ns: 0 });
+                    let shape = built.shape;
+                    self.tell_if_empty(shape, 0);
                 }
             }
             Err((why, spoilt)) => {

@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::tally::{Entry, Tally};
 use crate::cgroup::Group;
 use crate::error::Fault;
 use crate::inside::{self, Filters};
@@ -27,6 +29,11 @@ pub(super) enum State {
     Running,
     /// Told to die, or known to be dying.
     Dying,
+}
+
+impl State {
+    pub(super) const ALL: [Self; 5] =
+        [Self::Preparing, Self::Parked, Self::Starting, Self::Running, Self::Dying];
 }
 
 /// Host ends of a program's stdio, and which they are.
@@ -107,7 +114,7 @@ pub(super) struct Boxed {
     pub(super) control: OwnedFd,
     pub(super) userns: OwnedFd,
     pub(super) group: Group,
-    pub(super) state: State,
+    pub(super) entry: Entry,
     pub(super) was_ready: bool,
     pub(super) paused: bool,
     pub(super) claimed: Option<Claimed>,
@@ -123,12 +130,13 @@ pub(super) struct Mould<'a> {
     pub(super) group: Group,
     pub(super) dev: BorrowedFd<'a>,
     pub(super) filters: &'a Filters,
+    pub(super) tally: &'a Rc<Tally>,
 }
 
 impl Boxed {
     /// Clones a box and lets it park. On failure gives the groups back.
     pub(super) fn make(mould: Mould<'_>) -> Result<Self, Box<(Group, Fault)>> {
-        let Mould { slot, shape, uid_base, group, dev, filters } = mould;
+        let Mould { slot, shape, uid_base, group, dev, filters, tally } = mould;
         let made = (|| -> io::Result<_> {
             let dev = sys::clone_tree(dev, "", false)?;
             let (ours, theirs) = packet::pair()?;
@@ -158,7 +166,7 @@ impl Boxed {
                 control,
                 userns,
                 group,
-                state: State::Preparing,
+                entry: Entry::new(tally, shape, slot),
                 was_ready: false,
                 paused: false,
                 claimed: None,
@@ -186,7 +194,7 @@ impl Boxed {
             let _ = self.group.freeze(false);
             self.paused = false;
         }
-        self.state = State::Dying;
+        self.entry.enter(State::Dying);
     }
 
     /// Waits until the killed box is gone.

@@ -11,11 +11,13 @@ mod boxes;
 mod pool;
 mod root;
 mod setup;
+mod tally;
 mod told;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
@@ -66,6 +68,7 @@ pub(crate) struct Spawning {
     connection: Option<Connection>,
     generation: u64,
     boxes: HashMap<u32, Boxed>,
+    tally: Rc<tally::Tally>,
     by_id: HashMap<SandboxId, u32>,
     free_slots: Vec<u32>,
     groups: HashMap<u32, Group>,
@@ -165,11 +168,16 @@ impl Spawning {
             let generation = connection.generation;
             let mut buffer = std::mem::take(&mut self.buffer);
             let got = packet::recv(connection.socket.as_fd(), &mut buffer, false);
-            let request = got.map(|p| (p.len, Request::decode(&buffer[..p.len]), p.fds));
+            let request = got.map(|p| (p.len, Request::decode(&buffer[..p.len]), p.fds, p.cut));
             self.buffer = buffer;
             match request {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Ok((len, Some(request), fds)) if len > 0 => {
+                // No room for the descriptors: for want of slots, in effect.
+                Ok((_, Some(request), _, true)) => {
+                    let busy = Answer::Refused(crate::error::Refusal::Busy);
+                    self.answer((generation, request.number), busy, Vec::new());
+                }
+                Ok((len, Some(request), fds, false)) if len > 0 => {
                     self.ask((generation, request.number), request.ask, fds);
                 }
                 // Gone, or not of our kind.
@@ -268,6 +276,6 @@ impl Spawning {
 
     fn box_of(&mut self, id: &SandboxId) -> Option<&mut Boxed> {
         let slot = self.by_id.get(id)?;
-        self.boxes.get_mut(slot).filter(|b| b.state == State::Running)
+        self.boxes.get_mut(slot).filter(|b| b.entry.state() == State::Running)
     }
 }

@@ -43,28 +43,24 @@ pub(super) fn limits_of(shape: &Shape) -> GroupLimits {
 }
 
 impl Spawning {
-    fn count(&self, shape: usize, states: &[State]) -> usize {
-        self.boxes.values().filter(|b| b.shape == shape && states.contains(&b.state)).count()
-    }
-
     /// The shape that lacks boxes most, if one may be made now.
     fn shape_in_need(&self) -> Option<usize> {
         if self.stopping.is_some() || self.free_slots.is_empty() {
             return None;
         }
-        let preparing = self.boxes.values().filter(|b| b.state == State::Preparing).count();
+        let preparing = self.tally.total(State::Preparing);
         if preparing >= PREPARING_MAX {
             return None;
         }
         // A box that is being made takes the core of one that is being launched: while one is, only
         // the emptier half of a pool is filled.
-        let launching = self.boxes.values().any(|b| b.state == State::Starting);
+        let launching = self.tally.total(State::Starting) > 0;
         let lack = |shape: usize| {
             let name = &self.config.shapes[shape].name;
             let waiting = self.waiting.iter().filter(|w| w.claim.shape == *name).count();
             let parked = self.config.shapes[shape].parked as usize;
             let target = waiting + if launching { parked / 2 } else { parked };
-            target.saturating_sub(self.count(shape, &[State::Preparing, State::Parked]))
+            target.saturating_sub(self.tally.count(shape, &[State::Preparing, State::Parked]))
         };
         (0..self.config.shapes.len()).filter(|s| lack(*s) > 0).max_by_key(|s| lack(*s))
     }
@@ -90,6 +86,7 @@ impl Spawning {
         let Some(slot) = self.free_slots.pop() else { return Ok(()) };
         let limits = limits_of(&self.config.shapes[shape]);
         let group = match self.groups.remove(&slot) {
+            // One that cannot be reset is dropped here and found again by its name.
             Some(mut group) => group.reset().and_then(|()| group.limit(&limits)).map(|()| group),
             None => Group::make(&self.layout, &format!("slot-{slot}"), &limits),
         };
@@ -107,6 +104,7 @@ impl Spawning {
             group,
             dev: self.dev.as_fd(),
             filters: &self.filters,
+            tally: &self.tally,
         });
         match made {
             Ok(built) => {
@@ -190,12 +188,19 @@ impl Spawning {
         self.keep(slot, built.group);
     }
 
+    /// Tells hostd when a pool has just run out of parked boxes, or has one again.
+    pub(super) fn tell_if_empty(&mut self, shape: usize, parked: usize) {
+        if self.tally.count(shape, &[State::Parked]) == parked {
+            self.emit(Event::Pool(self.pool_state(shape)));
+        }
+    }
+
     pub(super) fn pool_state(&self, shape: usize) -> PoolState {
         let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         PoolState {
             shape: self.config.shapes[shape].name.clone(),
-            parked: number(self.count(shape, &[State::Parked])),
-            running: number(self.count(shape, &[State::Starting, State::Running])),
+            parked: number(self.tally.count(shape, &[State::Parked])),
+            running: number(self.tally.count(shape, &[State::Starting, State::Running])),
             slots_left: number(self.free_slots.len()),
         }
     }

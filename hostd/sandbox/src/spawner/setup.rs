@@ -91,6 +91,7 @@ fn prepare() -> Result<Spawning, String> {
         connection: None,
         generation: 0,
         boxes: HashMap::new(),
+        tally: super::tally::Tally::new(config.shapes.len()),
         by_id: HashMap::new(),
         free_slots: (0..slots).rev().collect(),
         groups: HashMap::new(),

@@ -17,11 +17,13 @@ impl Spawning {
             let Some(built) = self.boxes.get_mut(&slot) else { return };
             let mut buffer = std::mem::take(&mut self.buffer);
             let got = packet::recv(built.control.as_fd(), &mut buffer, false);
-            let heard = got.map(|p| (p.len, FromBox::decode(&buffer[..p.len]), p.fds));
+            let heard = got.map(|p| (p.len, FromBox::decode(&buffer[..p.len]), p.fds, p.cut));
             self.buffer = buffer;
             match heard {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Ok((len, Some(message), fds)) if len > 0 => {
+                // What came without its descriptor is of no use; the box is not to blame.
+                Ok((_, Some(message), _, true)) => self.cut_off(slot, &message),
+                Ok((len, Some(message), fds, false)) if len > 0 => {
                     if self.told(slot, message, fds).is_none() {
                         self.distrust(slot);
                         return;
@@ -44,16 +46,46 @@ impl Spawning {
         }
     }
 
+    /// Fails the question whose answer has lost its descriptor.
+    fn cut_off(&mut self, slot: u32, message: &FromBox) {
+        let full = Fault::Os { what: "take a descriptor".into(), errno: libc::EMFILE };
+        let Some(built) = self.boxes.get_mut(&slot) else { return };
+        let from = match message.number() {
+            Some(number) => built.pending.remove(&number).map(|pending| pending.from),
+            None => {
+                built.kill();
+                built.claimed.take().map(|claimed| {
+                    self.by_id.remove(&claimed.id);
+                    claimed.from
+                })
+            }
+        };
+        if let Some(from) = from {
+            self.answer(from, Answer::Failed(full), Vec::new());
+        }
+    }
+
     /// Handles one message. `None`: it does not fit.
     fn told(&mut self, slot: u32, message: FromBox, fds: Vec<OwnedFd>) -> Option<()> {
         if fds.len() > 1 {
             return None;
         }
+        if self.boxes.get(&slot)?.entry.state() == State::Dying {
+            // Said before it was killed. How its program ended still counts.
+            if let (FromBox::MainExited { status }, Some(built)) =
+                (&message, self.boxes.get_mut(&slot))
+            {
+                built.exit.get_or_insert(*status);
+            }
+            return Some(());
+        }
         match message {
             FromBox::Ready => {
                 let built = self.in_state(slot, State::Preparing)?;
-                built.state = State::Parked;
+                built.entry.enter(State::Parked);
                 built.was_ready = true;
+                let shape = built.shape;
+                self.tell_if_empty(shape, 1);
                 self.refill.succeeded();
                 self.serve_waiting();
             }
@@ -71,7 +103,7 @@ impl Spawning {
             FromBox::MainExited { status } => {
                 let built = self.in_state(slot, State::Running)?;
                 built.exit = Some(status);
-                built.state = State::Dying;
+                built.entry.enter(State::Dying);
             }
             FromBox::ExecExited { number, status } => {
                 let id = self.boxes.get(&slot)?.claimed.as_ref()?.id;
@@ -83,7 +115,7 @@ impl Spawning {
     }
 
     fn in_state(&mut self, slot: u32, state: State) -> Option<&mut Boxed> {
-        self.boxes.get_mut(&slot).filter(|b| b.state == state)
+        self.boxes.get_mut(&slot).filter(|b| b.entry.state() == state)
     }
 
     fn started(&mut self, slot: u32, inner: crate::spec::Steps, fds: Vec<OwnedFd>) -> Option<()> {
@@ -102,7 +134,7 @@ impl Spawning {
         let copies = claimed.ends.borrow().into_iter().map(|fd| fd.try_clone_to_owned());
         match copies.collect::<io::Result<Vec<_>>>() {
             Ok(fds) => {
-                built.state = State::Running;
+                built.entry.enter(State::Running);
                 self.answer(from, Answer::Started { pid, slot, steps, stdio }, fds);
             }
             Err(e) => {
@@ -118,14 +150,7 @@ impl Spawning {
 
     /// An answer to a question that hostd asked.
     fn answered(&mut self, slot: u32, message: FromBox, mut fds: Vec<OwnedFd>) -> Option<()> {
-        let number = match &message {
-            FromBox::Executed { number }
-            | FromBox::NotDone { number, .. }
-            | FromBox::Signalled { number }
-            | FromBox::File { number, .. }
-            | FromBox::Connected { number } => *number,
-            _ => return None,
-        };
+        let number = message.number()?;
         let built = self.boxes.get_mut(&slot)?;
         // A child of the box's init and init itself may both answer; the first counts.
         let Some(mut pending) = built.pending.remove(&number) else { return Some(()) };
