@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub(crate) mod cassandra;
+pub(crate) mod moto;
 
 use std::{
     net::SocketAddr,
