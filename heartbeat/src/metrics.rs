@@ -90,6 +90,7 @@ impl Metrics {
             ("directives_sent", sum(|f| f.counters.directives)),
             ("from_placers", sum(|f| f.counters.placers)),
             ("placers_dropped", sum(|f| f.events_lost)),
+            ("handed_on", sum(|f| f.handed_on)),
             ("kernel_dropped", sum(|f| f.kernel_drops)),
             ("receive_buffer_bytes", sum(|f| f.rcvbuf_bytes)),
         ] {

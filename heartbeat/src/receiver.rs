@@ -101,6 +101,7 @@ struct Thread {
     news_at_ms: u64,
     round_at_ms: u64,
     events_lost: u64,
+    handed_on: u64,
 }
 
 /// Starts a receiver thread, which ends soon after `stop`.
@@ -135,6 +136,7 @@ pub(crate) fn spawn(
         news_at_ms: 0,
         round_at_ms: 0,
         events_lost: 0,
+        handed_on: 0,
     };
     thread::Builder::new()
         .name(format!("receiver-{at}"))
@@ -165,7 +167,8 @@ impl Thread {
     }
 
     fn hear(&mut self) {
-        let Self { shard, receiver, sender, handover, outlets, clock, events_lost, .. } = self;
+        let Self { shard, receiver, sender, handover, outlets, clock, .. } = self;
+        let (events_lost, handed_on) = (&mut self.events_lost, &mut self.handed_on);
         // The clock is read once a batch, when its first datagram is there.
         let now_ms = Cell::new(None);
         let mut out = [0; DATAGRAM_BYTES_MAX];
@@ -182,6 +185,7 @@ impl Thread {
                     return;
                 }
                 Heard::Elsewhere(to) => {
+                    *handed_on += 1;
                     hand_on(&handover[to as usize], bytes, from);
                     return;
                 }
@@ -258,6 +262,7 @@ impl Thread {
             flush_failures: self.flush.failures(),
             membership: self.shard.membership(),
             events_lost: self.events_lost,
+            handed_on: self.handed_on,
         }
     }
 

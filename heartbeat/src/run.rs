@@ -143,6 +143,10 @@ fn bind(config: &Config) -> Result<Vec<Receiver>, Fault> {
     let receivers = (0..config.shards())
         .map(|_| Receiver::bind(addr, &options))
         .collect::<Result<Vec<_>, _>>()?;
+    // Bytes 8 to 11 of a datagram are the low half of its sender's id: `heartbeat_core::shard::shard_of`.
+    if let Err(error) = receivers[0].steer(8, config.shards()) {
+        tracing::warn!(%error, "the kernel does not steer datagrams; receivers hand them on");
+    }
     warn_of_buffer(&receivers[0], config);
     Ok(receivers)
 }

@@ -71,6 +71,8 @@ pub struct Figures {
     pub flush_failures: u64,
     /// Changes whenever the map would.
     pub membership: u64,
+    /// Heartbeats that arrived at another shard's socket.
+    pub handed_on: u64,
     /// Reports and subscriptions that the hub had no room for.
     pub events_lost: u64,
 }

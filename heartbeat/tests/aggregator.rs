@@ -23,6 +23,10 @@ async fn hosts_register_are_published_drain_and_survive_a_restart() {
     })
     .await;
     assert_eq!(map.1, senders.addresses());
+    let figures = running.shards.figures().await;
+    let spread: Vec<_> = figures.iter().map(|shard| (shard.hosts, shard.handed_on)).collect();
+    println!("hosts and handed on of each shard: {spread:?}");
+    assert!(spread.iter().all(|&(hosts, _)| hosts > 180), "both receivers hear hosts");
 
     let drained = senders.hosts[7].host;
     let operator = fleet.operator(&running).await;
