@@ -19,6 +19,7 @@ use wire::{
 };
 
 pub use crate::cpu::RolePid;
+pub use ceiling::{Shape, bare};
 pub use report::{Achieved, Ceiling, LatencyUs, Report, RoleCpu};
 pub use sweep::{Knee, Step, sweep};
 

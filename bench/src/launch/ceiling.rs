@@ -34,15 +34,22 @@ const IN_FLIGHT_MAX: usize = 10_000;
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// What goes over the wire, and how much of it at once.
-#[derive(Clone, Copy)]
-struct Shape {
-    request: usize,
-    reply: usize,
-    connections: usize,
-    in_flight: usize,
-    hosts: usize,
-    time: Duration,
-    carrier: Carrier,
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Bytes there, frame and all.
+    pub request: usize,
+    /// Bytes back.
+    pub reply: usize,
+    /// Connections of the client.
+    pub connections: usize,
+    /// Round trips in flight.
+    pub in_flight: usize,
+    /// Connections of a relay to the echoes behind it.
+    pub hosts: usize,
+    /// Time that is measured, after a short warm-up.
+    pub time: Duration,
+    /// What carries them.
+    pub carrier: Carrier,
 }
 
 pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling, Fault> {
@@ -60,10 +67,9 @@ pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling,
         time: options.ceiling,
         carrier: options.carrier,
     };
-    let authority = FleetAuthority::unsaved()?;
     Ok(Ceiling {
-        echo_per_second: run(&authority, shape, false)?,
-        relay_per_second: run(&authority, shape, true)?,
+        echo_per_second: bare(shape, false)?,
+        relay_per_second: bare(shape, true)?,
         connections: shape.connections,
         in_flight: shape.in_flight,
         request_bytes: shape.request,
@@ -82,7 +88,12 @@ fn little(rate: f64, mean_us: f64) -> usize {
     in_flight
 }
 
-fn run(authority: &FleetAuthority, shape: Shape, relayed: bool) -> Result<f64, Fault> {
+/// Round trips a second on bare quinn, by one hop or through a relay. Blocks; starts threads of its own.
+///
+/// # Errors
+/// [`Code::Internal`] if a connection broke: then there is no figure.
+pub fn bare(shape: Shape, relayed: bool) -> Result<f64, Fault> {
+    let authority = &FleetAuthority::unsaved()?;
     let stop = Arc::new(AtomicBool::new(false));
     let (echo, echo_thread) = serve(authority, &stop, shape, None)?;
     let (target, relay_thread) = if relayed {
