@@ -1,1 +1,49 @@
-//! Being built.
+//! A fleet in one thread: the real cores under simulated time, network, hosts, arrivals and faults.
+//!
+//! Nothing of the cores is imitated. Heartbeats are sealed by hostd-core's sender and verified by heartbeat-core's shard;
+//! silence is judged by its brake, reports by its quarantine, maps built by its builder; placers adopt those maps
+//! into placer-core's table, pick, and carry launches through its state machine; hosts admit, deduplicate, cancel and reap
+//! by hostd-core. What is simulated is what they are given: time, latency, loss, crashes, and how long a sandbox lives.
+//!
+//! One seed makes one run, event by event: [`fleet::run`] of the same [`Options`] gives the same [`Outcome`] and
+//! digest. While it runs, [`check`] holds the rules of the simulation gate (FAULTS); a broken rule ends the run with its
+//! text. Modes, as `sim MODE`: `lite` (fixed seeds and a fresh one), `swarm` (many random seeds and faults), `replay`
+//! (one seed again, told in words), `scale` (a million hosts), `grid` (staleness against choices).
+//!
+//! Left out: sockets, stores and threads. The object store is a map that comes late or never; the database is not here
+//! at all, as nothing on the launch path reads it. Memory orderings are loom's business (`placer-core/tests/loom.rs`).
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod control;
+pub mod fleet;
+pub mod grid;
+pub mod host;
+pub mod options;
+pub mod outcome;
+pub mod placer;
+pub mod queue;
+pub mod scale;
+pub mod swarm;
+
+pub use fleet::run;
+pub use options::{Fault, Options, What};
+pub use outcome::Outcome;
+
+/// Microseconds since the run began.
+pub type Micros = u64;
+
+/// One second.
+pub const SECOND: Micros = 1_000_000;
+
+/// The shape that all launches have.
+///
+/// # Panics
+/// Never.
+#[must_use]
+pub fn shape() -> wire::ShapeId {
+    match wire::ShapeId::new(0) {
+        Some(shape) => shape,
+        None => unreachable!("there are four shapes"),
+    }
+}
