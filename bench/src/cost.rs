@@ -4,10 +4,10 @@
 //! of the sums. Assumptions stand in the output. It is linear on purpose: where the fleet stops being linear (the knee)
 //! is measured, by a sweep of offered rates ([`crate::launch::sweep`]), not computed.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::Serialize;
-use wire::{feed::ENTRIES_MAX, limits::HEARTBEAT_INTERVAL_MS};
+use wire::{Fault, feed::ENTRIES_MAX, limits::HEARTBEAT_INTERVAL_MS};
 
 use crate::{heartbeat, launch, map, pick};
 
@@ -67,6 +67,58 @@ pub struct Model {
     pub lines: Vec<Line>,
     /// Where the sweep bent.
     pub knee: Option<launch::Knee>,
+}
+
+/// What is measured for the model.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Launches on a running fleet, with the pids of its roles as `placerd` and `hostd`; none leaves them out.
+    pub launch: Option<launch::Options>,
+    /// Hosts of the fleet that is counted up.
+    pub hosts: f64,
+    /// Its launches a second.
+    pub launches: f64,
+    /// Rows a second that a core of the database takes, where it was measured beforehand.
+    pub rows_a_core: Option<f64>,
+    /// Small and short: to see that it runs.
+    pub quick: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { launch: None, hosts: 1e6, launches: 1e6, rows_a_core: None, quick: false }
+    }
+}
+
+/// Measures the parts, one after the other, and counts up. Blocks.
+///
+/// # Errors
+/// What a part met.
+pub fn run(options: &Options) -> Result<Model, Fault> {
+    let quick = options.quick;
+    let mut pick = pick::Options { hosts: vec![1_000_000], ..pick::Options::default() };
+    let mut heartbeat = heartbeat::Options::default();
+    let mut map = map::Options::default();
+    if quick {
+        pick = pick::Options { hosts: vec![10_000], picks: 10_000, rounds: 1, ..pick };
+        let time = Duration::from_millis(100);
+        heartbeat = heartbeat::Options { hosts: 1_000, rounds: 1, time, ..heartbeat };
+        map = map::Options { hosts: 10_000, rounds: 1, ..map };
+    }
+    let launch = options.launch.as_ref().map(launch::run).transpose()?;
+    let knee = match (&options.launch, &launch) {
+        (Some(options), Some(closed)) => Some(launch::sweep(options, closed)?),
+        _ => None,
+    };
+    let parts = Parts {
+        launch,
+        heartbeat: Some(heartbeat::run(&heartbeat)?),
+        pick: Some(pick::run(&pick)?),
+        map: Some(map::run(&map)?),
+        rows_a_core: options.rows_a_core,
+        knee,
+    };
+    Ok(model(&parts, options.hosts, options.launches))
 }
 
 fn role_ns(report: Option<&launch::Report>, role: &str) -> Option<f64> {
