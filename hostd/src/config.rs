@@ -112,6 +112,9 @@ pub struct Config {
     pub shapes: Option<[ShapeConfig; 4]>,
     /// Boxes kept parked, a shape.
     pub pool: [u32; 4],
+    /// First user id of this host's boxes; absent: a band drawn from the host's id. Hosts that share a machine want
+    /// bands that do not overlap: each takes 65,536 ids for each of its boxes.
+    pub uid_base: Option<u32>,
     /// The object store that images are in.
     pub objects: String,
     /// Milliseconds that a sandbox lives whose launch did not say; zero for ever.
@@ -144,6 +147,7 @@ impl Default for Config {
             boxes_max: 1_000,
             shapes: None,
             pool: [4, 4, 2, 0],
+            uid_base: None,
             objects: String::new(),
             hard_ms: 3_600_000,
             log_bytes: 1 << 20,

@@ -125,7 +125,7 @@ impl Real {
         id: HostId,
     ) -> Result<Self, Fault> {
         let store = wire_net::objects::open(&config.objects)?;
-        let boxes = boxes_config(config, &host.state)?;
+        let boxes = boxes_config(config, &host.state, id)?;
         let path = host.state.join("journal");
         let (journal, left) = blocking(move || Journal::open(&path)).await?;
         let joined = {
@@ -188,7 +188,7 @@ impl Real {
     }
 }
 
-fn boxes_config(config: &Config, state: &Path) -> Result<hostd_sandbox::Config, Fault> {
+fn boxes_config(config: &Config, state: &Path, id: HostId) -> Result<hostd_sandbox::Config, Fault> {
     let mut shapes = Vec::new();
     for (shape, parked) in config.shapes()?.iter().zip(config.pool) {
         let wide = |_| Fault::new(Code::Config, "shapes: cpu_millis is beyond 32 bits");
@@ -203,7 +203,20 @@ fn boxes_config(config: &Config, state: &Path) -> Result<hostd_sandbox::Config, 
     let mut boxes = hostd_sandbox::Config::new(state.join("boxes"), shapes);
     let parked: u32 = config.pool.iter().sum();
     boxes.slots = config.boxes_max.saturating_add(parked).min(hostd_sandbox::SLOTS_MAX);
+    boxes.uid_base = config.uid_base.unwrap_or_else(|| uid_base(id, boxes.slots));
     Ok(boxes)
+}
+
+/// User ids between these are given to boxes: above what machines use, below 2^31.
+const UIDS: std::ops::Range<u32> = 0x2000_0000..0x7fff_0000;
+
+/// A band of user ids by the host's id, so that hosts that share a machine seldom share one.
+fn uid_base(id: HostId, slots: u32) -> u32 {
+    let band = slots.max(1).saturating_mul(hostd_sandbox::UIDS_A_BOX);
+    let bands = ((UIDS.end - UIDS.start) / band).max(1);
+    let mixed = id.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    let nth = u32::try_from(mixed % u64::from(bands)).unwrap_or(0);
+    UIDS.start + nth * band
 }
 
 fn join(boxes: &hostd_sandbox::Config) -> Result<hostd_sandbox::Joined, Fault> {

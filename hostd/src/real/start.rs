@@ -241,18 +241,10 @@ fn spec_of(
     image: &MountedImage,
 ) -> Result<ClaimSpec, Fault> {
     let layers = image.layers();
-    let open = |paths: &[std::path::PathBuf]| {
-        use rustix::fs::{Mode, OFlags};
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let one = |path: &std::path::PathBuf| {
-            rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
-                let text = format!("{} of the image: {error}; nothing was started", path.display());
-                Fault::new(Code::BoxFailed, text)
-            })
-        };
-        paths.iter().map(one).collect::<Result<Vec<_>, Fault>>()
-    };
-    let root = RootSpec { lowers: open(&layers.lower)?, data_lowers: open(&layers.data_only)? };
+    let root = RootSpec::layered(&layers.lower, &layers.data_only).map_err(|error| {
+        let text = format!("a layer of the image cannot be opened: {error}; nothing was started");
+        Fault::new(Code::BoxFailed, text)
+    })?;
     let mut limits = hostd_sandbox::Limits::default();
     let asked = &request.limits;
     if asked.disk_bytes > 0 {

@@ -1,0 +1,385 @@
+//! A place for tests of real boxes: an image of the machine's own shell, a hostd process, and what is left of it.
+#![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use hostd::{Boxes, Config};
+use quinn::{Connection, RecvStream};
+use tokio_util::sync::CancellationToken;
+use wire::{
+    Fault, SandboxId,
+    call::{Answer, Call, ExecRequest, Exit, FileOp},
+    frame::Kind,
+    launch::LaunchReply,
+};
+use wire_net::stream;
+
+use crate::common::{Fleet, HOST, block_on, call};
+
+const PROGRAMS: &[&str] =
+    &["sh", "cat", "sleep", "head", "true", "stty", "id", "ls", "echo", "mkdir", "pwd"];
+
+/// Runs the tests, or is the hostd or the spawner of one.
+pub(crate) fn main(tests: &[(&str, fn())]) {
+    hostd_sandbox::main_if_asked();
+    let argument = std::env::args().nth(1);
+    if argument.as_deref() == Some("__hostd") {
+        return hostd_process(&std::env::args().nth(2).unwrap());
+    }
+    if std::env::args().any(|arg| arg == "--list") || !crate::common::real_boxes() {
+        return;
+    }
+    let wanted = argument.filter(|arg| !arg.starts_with('-'));
+    let mut failed = Vec::new();
+    for (name, test) in tests {
+        if wanted.as_ref().is_some_and(|wanted| !name.contains(wanted.as_str())) {
+            continue;
+        }
+        let begun = Instant::now();
+        let outcome = std::panic::catch_unwind(test);
+        let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        println!("test {name} ... {word} ({} ms)", begun.elapsed().as_millis());
+        if outcome.is_err() {
+            failed.push(*name);
+        }
+    }
+    assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+/// Serves until its input is closed.
+fn hostd_process(config: &str) {
+    let text = fs::read_to_string(config).unwrap();
+    let config: Config = toml::from_str(&text).unwrap();
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    std::thread::spawn(move || {
+        let _ = std::io::stdin().read_line(&mut String::new());
+        token.cancel();
+    });
+    if let Err(fault) = hostd::run(config, stop) {
+        eprintln!("hostd: {fault}");
+        std::process::exit(1);
+    }
+}
+
+pub(crate) struct Place {
+    fleet: Fleet,
+    config: Config,
+    hostd: Option<Child>,
+    mounts_before: usize,
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        let mounts_before = mounts();
+        let fleet = Fleet::new();
+        let root = fleet.dir.path().join("root");
+        make_root(&root);
+        let objects = format!("dir://{}", fleet.dir.path().join("objects").display());
+        fs::create_dir_all(fleet.dir.path().join("objects")).unwrap();
+        block_on(async {
+            let store = wire_net::objects::open(&objects).unwrap();
+            let source = hostd_image::Source::RootfsDir(root);
+            let progress = std::sync::Arc::new(());
+            hostd_image::prepare(store, "acme", "img", source, progress).await.unwrap();
+        });
+        let config = Config {
+            boxes: Boxes::Real,
+            objects,
+            pool: [4, 0, 0, 0],
+            boxes_max: 40,
+            uid_base: Some(0x4000_0000),
+            ..fleet.config(HOST)
+        };
+        let mut place = Self { fleet, config, hostd: None, mounts_before };
+        place.start_hostd();
+        place
+    }
+
+    pub(crate) fn start_hostd(&mut self) {
+        let path = self.fleet.dir.path().join("hostd.toml");
+        fs::write(&path, toml::to_string(&self.config).unwrap()).unwrap();
+        let mut hostd = Command::new(std::env::current_exe().unwrap())
+            .arg("__hostd")
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(hostd.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.starts_with("ready hostd "), "{line:?}");
+        self.hostd = Some(hostd);
+    }
+
+    pub(crate) fn kill_hostd(&mut self) {
+        let mut hostd = self.hostd.take().unwrap();
+        hostd.kill().unwrap();
+        hostd.wait().unwrap();
+    }
+
+    /// The spawner of this place, by the lock file that it holds.
+    pub(crate) fn kill_spawner(&self) {
+        let boxes = self.config.state.join("boxes");
+        let pids = processes(|pid| {
+            let argument = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let holds = fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|fds| {
+                fds.flatten()
+                    .any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(&boxes)))
+            });
+            holds && argument.windows(9).any(|window| window == b"__spawner")
+        });
+        assert_eq!(pids.len(), 1, "one spawner: {pids:?}");
+        let pid = rustix::process::Pid::from_raw(pids[0]).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+
+    pub(crate) fn tear_journal(&self, bytes: u64) {
+        let path = self.config.state.join("journal");
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        let len = file.metadata().unwrap().len();
+        file.set_len(len.saturating_sub(bytes)).unwrap();
+    }
+
+    pub(crate) async fn placer(&self) -> Connection {
+        self.fleet.placer(HOST, self.config.listen).await
+    }
+
+    /// Programs of a name that run in boxes of this place, by their user ids.
+    pub(crate) fn boxes_of_programs(&self, name: &str) -> usize {
+        let base = self.config.uid_base.unwrap();
+        let end = base + 100 * hostd_sandbox::UIDS_A_BOX;
+        let ours = |pid: i32| {
+            use std::os::unix::fs::MetadataExt;
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let uid = fs::metadata(format!("/proc/{pid}")).map_or(0, |meta| meta.uid());
+            comm.trim() == name && (base..end).contains(&uid)
+        };
+        processes(ours).len()
+    }
+
+    pub(crate) fn descriptors(&self) -> usize {
+        let pid = self.hostd.as_ref().unwrap().id();
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+    }
+
+    /// Stops the host with all its boxes, and looks that nothing is left.
+    pub(crate) fn end(mut self) {
+        drop(self.hostd.as_mut().unwrap().stdin.take());
+        let status = self.hostd.as_mut().unwrap().wait().unwrap();
+        assert!(status.success());
+        self.config.stop_ends_sandboxes = true;
+        self.start_hostd();
+        let mut hostd = self.hostd.take().unwrap();
+        drop(hostd.stdin.take());
+        assert!(hostd.wait().unwrap().success());
+        let base = self.config.uid_base.unwrap();
+        let state = self.config.state.clone();
+        let begun = Instant::now();
+        loop {
+            use std::os::unix::fs::MetadataExt;
+            let left = processes(|pid| {
+                let uid = fs::metadata(format!("/proc/{pid}")).map_or(0, |meta| meta.uid());
+                uid >= base && uid < base + 100 * hostd_sandbox::UIDS_A_BOX
+            });
+            let groups = groups_left(&state);
+            if left.is_empty() && groups == 0 && mounts() <= self.mounts_before {
+                return;
+            }
+            let what = format!("{left:?} processes, {groups} groups, {} mounts", mounts());
+            assert!(begun.elapsed() < Duration::from_secs(5), "left: {what}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // After a failed test: its spawner ends with the last hostd that asks it to.
+        if let Some(mut hostd) = self.hostd.take() {
+            let _ = hostd.kill();
+            let _ = hostd.wait();
+            self.config.stop_ends_sandboxes = true;
+            if std::thread::panicking() {
+                self.start_hostd();
+                if let Some(mut hostd) = self.hostd.take() {
+                    drop(hostd.stdin.take());
+                    let _ = hostd.wait();
+                }
+            }
+        }
+    }
+}
+
+fn mounts() -> usize {
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().count()
+}
+
+/// Control groups of a state directory's spawner.
+fn groups_left(state: &Path) -> usize {
+    fn walk(dir: &Path, name: &str, depth: usize) -> usize {
+        let Ok(entries) = fs::read_dir(dir) else { return 0 };
+        let dirs = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()));
+        dirs.map(|entry| {
+            let ours = entry.file_name().to_string_lossy().starts_with(name);
+            usize::from(ours) + if depth > 0 { walk(&entry.path(), name, depth - 1) } else { 0 }
+        })
+        .sum()
+    }
+    let name = hostd_sandbox::Config::new(state.join("boxes"), Vec::new()).group_name();
+    walk(Path::new("/sys/fs/cgroup"), &name, 4)
+}
+
+fn processes(wanted: impl Fn(i32) -> bool) -> Vec<i32> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|entry| entry.file_name().to_string_lossy().parse::<i32>().ok())
+        .filter(|pid| wanted(*pid))
+        .collect()
+}
+
+fn make_root(root: &Path) {
+    for program in PROGRAMS {
+        let found = ["/bin", "/usr/bin"].iter().map(|dir| Path::new(dir).join(program));
+        if let Some(path) = found.into_iter().find(|path| path.exists()) {
+            install(root, &path, program);
+        }
+    }
+    for dir in ["etc", "tmp", "root", "proc", "dev", "sys"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\n").unwrap();
+}
+
+fn install(root: &Path, program: &Path, name: &str) {
+    fs::create_dir_all(root.join("bin")).unwrap();
+    fs::copy(program, root.join("bin").join(name)).unwrap();
+    let ldd = Command::new("ldd").arg(program).output().unwrap();
+    let text = String::from_utf8_lossy(&ldd.stdout).into_owned();
+    let libraries: BTreeSet<&str> =
+        text.split_whitespace().filter(|word| word.starts_with('/')).collect();
+    for library in libraries {
+        let to: PathBuf = root.join(library.trim_start_matches('/'));
+        if !to.exists() {
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::copy(fs::canonicalize(library).unwrap(), &to).unwrap();
+        }
+    }
+}
+
+pub(crate) fn fault_of(reply: &LaunchReply) -> &Fault {
+    match reply {
+        LaunchReply::Failed(fault) => fault,
+        other => panic!("not failed: {other:?}"),
+    }
+}
+
+pub(crate) async fn exited(connection: &Connection, id: SandboxId) -> Exit {
+    match call(connection, &Call::Wait(id)).await.unwrap() {
+        Answer::Exited(exit) => exit,
+        other => panic!("{other:?}"),
+    }
+}
+
+type Said = (String, String, Option<Exit>);
+
+async fn all(recv: &mut RecvStream) -> Said {
+    let (mut out, mut err, mut exit) = (Vec::new(), Vec::new(), None);
+    let mut scratch = BytesMut::new();
+    while let Some((kind, payload)) = stream::read_frame(recv, &mut scratch).await.unwrap() {
+        match kind {
+            Kind::Stdout => out.extend_from_slice(&payload),
+            Kind::Stderr => err.extend_from_slice(&payload),
+            Kind::Exit => exit = Some(Exit::from_frame_bytes(&payload).unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+    (String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap(), exit)
+}
+
+pub(crate) async fn attach_all(
+    connection: &Connection,
+    sandbox: SandboxId,
+    process: u32,
+    offset: u64,
+) -> Said {
+    let attach = Call::Attach { sandbox, process, offset, follow: true };
+    let (_, _send, mut recv) = stream::open_on_behalf(connection, "acme", &attach).await.unwrap();
+    all(&mut recv).await
+}
+
+pub(crate) async fn exec_all(connection: &Connection, exec: ExecRequest, input: &[u8]) -> Said {
+    let call = Call::Exec(exec);
+    let (_, mut send, mut recv) = stream::open_on_behalf(connection, "acme", &call).await.unwrap();
+    let feed = async {
+        for piece in input.chunks(50_000) {
+            stream::write_frame(&mut send, Kind::Stdin, piece).await.unwrap();
+        }
+        // What was given no input has ended by then, perhaps with its stream.
+        let _ = stream::write_frame(&mut send, Kind::End, &[]).await;
+    };
+    let ((), said) = tokio::join!(feed, all(&mut recv));
+    said
+}
+
+pub(crate) async fn read_until(recv: &mut RecvStream, said: &mut String, wanted: &str) {
+    let mut scratch = BytesMut::new();
+    while !said.contains(wanted) {
+        let frame = stream::read_frame(recv, &mut scratch);
+        let frame = tokio::time::timeout(Duration::from_secs(10), frame).await;
+        match frame.expect(said).unwrap() {
+            Some((Kind::Stdout, payload)) => said.push_str(&String::from_utf8_lossy(&payload)),
+            other => panic!("{other:?} after {said:?}"),
+        }
+    }
+}
+
+pub(crate) async fn write_file(
+    connection: &Connection,
+    sandbox: SandboxId,
+    path: &str,
+    bytes: &[u8],
+) -> Result<(), Fault> {
+    let op = FileOp::Write { path: path.into(), mode: 0o640 };
+    let (mut send, mut recv) = connection.open_bi().await.unwrap();
+    let call = Call::File { sandbox, op }.to_bytes();
+    stream::write_frame(&mut send, Kind::OnBehalf, b"acme").await?;
+    stream::write_frame(&mut send, Kind::Call, &call).await?;
+    for piece in bytes.chunks(100_000) {
+        stream::write_frame(&mut send, Kind::Data, piece).await?;
+    }
+    stream::write_frame(&mut send, Kind::End, &[]).await?;
+    let answer = stream::expect_frame(&mut recv, Kind::Answer).await?;
+    match Answer::from_bytes(&answer).unwrap() {
+        Answer::Done => Ok(()),
+        Answer::Fault(fault) => Err(fault),
+        other => panic!("{other:?}"),
+    }
+}
+
+pub(crate) async fn read_file(
+    connection: &Connection,
+    sandbox: SandboxId,
+    path: &str,
+) -> Result<Vec<u8>, Fault> {
+    let op = FileOp::Read(path.into());
+    let call = Call::File { sandbox, op };
+    let (_, _send, mut recv) = stream::open_on_behalf(connection, "acme", &call).await?;
+    let mut bytes = Vec::new();
+    let mut scratch = BytesMut::new();
+    loop {
+        match stream::read_frame(&mut recv, &mut scratch).await? {
+            Some((Kind::Data, payload)) => bytes.extend_from_slice(&payload),
+            Some((Kind::End, _)) => return Ok(bytes),
+            other => panic!("{other:?}"),
+        }
+    }
+}
