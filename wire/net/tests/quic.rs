@@ -100,6 +100,65 @@ async fn a_placer_calls_and_launches_on_a_host() {
     assert_eq!(lost.code, Code::Unreachable, "nothing was sent: {lost}");
 }
 
+/// The second dial resumes the session by its ticket; the listener still knows who it is.
+#[tokio::test]
+async fn a_resumed_session_has_the_same_peer() {
+    let fleet = Fleet::new();
+    let endpoint = quic::listen(ANY, &fleet.issue(&HOST), &[Role::Placer]).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    let dialer = quic::dialer(ANY, &fleet.issue(&Peer::Placer(9))).unwrap();
+    for _ in 0..3 {
+        let accepting = async { quic::accept(endpoint.accept().await.unwrap()).await.unwrap() };
+        let (connection, (accepted, peer)) =
+            tokio::join!(quic::connect(&dialer, addr, &HOST), accepting);
+        let connection = connection.unwrap();
+        assert_eq!(peer, Peer::Placer(9));
+        // A round trip brings the ticket.
+        let answering = async {
+            let (mut send, mut recv) = accepted.accept_bi().await.unwrap();
+            stream::expect_frame(&mut recv, Kind::Call).await.unwrap();
+            stream::answer(&mut send, &Answer::Done).await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(stream::call(&connection, &Call::Ping), answering);
+        assert_eq!(answer, Ok(Answer::Done));
+    }
+}
+
+#[tokio::test]
+async fn splicing_passes_bytes_ends_and_resets() {
+    let fleet = Fleet::new();
+    let endpoint = quic::listen(ANY, &fleet.issue(&HOST), &[Role::Placer]).unwrap();
+    let addr = endpoint.local_addr().unwrap();
+    let dialer = quic::dialer(ANY, &fleet.issue(&Peer::Placer(9))).unwrap();
+    let accepting = async { quic::accept(endpoint.accept().await.unwrap()).await.unwrap().0 };
+    let (near, far) = tokio::join!(quic::connect(&dialer, addr, &HOST), accepting);
+    let near = near.unwrap();
+    // What the near end writes on its first stream comes out of its second, by way of the far end.
+    let splicing = tokio::spawn(async move {
+        let (one, two) = (far.accept_bi().await.unwrap(), far.accept_bi().await.unwrap());
+        let passed = stream::splice(one, two).await;
+        (passed, far)
+    });
+    let (mut send, mut recv) = near.open_bi().await.unwrap();
+    send.write_all(b"x").await.unwrap();
+    let (mut back_send, mut back_recv) = near.open_bi().await.unwrap();
+    back_send.write_all(b"y").await.unwrap();
+    let bytes = vec![7; 300_000];
+    let writing = async {
+        send.write_all(&bytes).await.unwrap();
+        send.finish().unwrap();
+    };
+    let (got, ()) = tokio::join!(back_recv.read_to_end(400_000), writing);
+    assert_eq!(got.unwrap().len(), 300_001);
+    back_send.reset(5u32.into()).unwrap();
+    let ended = recv.read_to_end(10).await.unwrap_err();
+    let reset = quinn::ReadError::Reset(5u32.into());
+    assert!(matches!(ended, quinn::ReadToEndError::Read(error) if error == reset));
+    let ((there, back), _far) = splicing.await.unwrap();
+    assert_eq!(there, 300_001);
+    assert!(back <= 1);
+}
+
 #[tokio::test]
 async fn another_fleet_is_refused_both_ways() {
     let (ours, theirs) = (Fleet::new(), Fleet::new());
