@@ -110,7 +110,9 @@ impl Layout {
                 }
             }
             let own = own_group(cgroup_file, "").unwrap_or_default();
-            return Ok(Self::V2(root.join(own).join(name)));
+            // A hostd that an earlier spawner moved into a leaf (`delegate`) still means the group above.
+            let own = own.strip_suffix(&format!("{name}-host")).unwrap_or(&own);
+            return Ok(Self::V2(root.join(own.trim_end_matches('/')).join(name)));
         }
         let mut found = Vec::new();
         for controller in V1 {
@@ -289,6 +291,9 @@ impl Group {
                 let shares = (u64::from(limits.cpu_millis) * 1024 / 1000).max(2);
                 put(&cpu.join("cpu.shares"), &shares.to_string())?;
                 put(&memory.join("memory.limit_in_bytes"), &memory_max)?;
+                // v1 counts TCP's buffers apart, and only where they are limited; v2 counts them anyway.
+                let tcp = memory.join("memory.kmem.tcp.limit_in_bytes");
+                let _ = put(&tcp, &(limits.memory_bytes / 4).to_string());
                 put(&pids_dir.join("pids.max"), &pids)
             }
         }
@@ -333,6 +338,7 @@ impl Group {
                 memory_peak_bytes: number(&dir.join("memory.peak")),
                 pids: number(&dir.join("pids.current")),
                 oom_kills: keyed(&dir.join("memory.events"), "oom_kill"),
+                disk_bytes: 0,
             },
             Dirs::V1 { cpuacct, memory, pids, .. } => Stats {
                 cpu_ns: number(&cpuacct.join("cpuacct.usage")),
@@ -341,6 +347,7 @@ impl Group {
                 pids: number(&pids.join("pids.current")),
                 oom_kills: keyed(&memory.join("memory.oom_control"), "oom_kill")
                     .saturating_sub(self.oom_kills_before),
+                disk_bytes: 0,
             },
         }
     }
@@ -384,6 +391,8 @@ mod tests {
         let layout = Layout::find(dir.path(), "0::/system.slice/hostd.service\n", "ab").unwrap();
         let wanted = dir.path().join("system.slice/hostd.service/ab");
         assert_eq!(layout, Layout::V2(wanted));
+        let moved = "0::/system.slice/hostd.service/ab-host\n";
+        assert_eq!(Layout::find(dir.path(), moved, "ab").unwrap(), layout);
         fs::write(dir.path().join("cgroup.controllers"), "cpuset io\n").unwrap();
         assert!(Layout::find(dir.path(), "0::/\n", "ab").is_err());
     }

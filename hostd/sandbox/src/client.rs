@@ -449,14 +449,13 @@ fn start(config: &Config) -> Result<(), StartError> {
     let exe = if config.exe.is_empty() { "/proc/self/exe" } else { &config.exe };
     let sealed = sys::clone_tree(rustix::fs::CWD, exe, false)
         .and_then(|mount| sys::mount_restrict(mount.as_fd(), sys::ATTR_RDONLY).map(|()| mount));
-    let path = match &sealed {
-        Ok(mount) => format!("/proc/self/fd/{}", mount.as_raw_fd()),
+    let sealed = match sealed {
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(StartError::NeedsRoot),
-        Err(e) => {
-            let why = format!("{exe} cannot be mounted read-only for the spawner: {e}");
-            return Err(StartError::Setup(why));
-        }
+        // A binary that was replaced since has no name to mount by: a sealed copy in memory, then.
+        Err(_) => sealed_copy(exe).map_err(io_error("copy the spawner's binary"))?,
+        Ok(mount) => mount,
     };
+    let path = format!("/proc/self/fd/{}", sealed.as_raw_fd());
     use std::os::unix::process::CommandExt;
     let mut child = Command::new(path)
         // What `ps` in a box shows of its init: no path of the host.
@@ -495,6 +494,16 @@ fn start(config: &Config) -> Result<(), StartError> {
     } else {
         why
     }))
+}
+
+fn sealed_copy(exe: &str) -> io::Result<OwnedFd> {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = rustix::fs::memfd_create("spawner", flags)?;
+    io::copy(&mut std::fs::File::open(exe)?, &mut std::fs::File::from(memory.try_clone()?))?;
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&memory, seals)?;
+    Ok(memory)
 }
 
 fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, StartError> {

@@ -250,6 +250,8 @@ pub struct Stats {
     pub pids: u64,
     /// Processes that the kernel killed for want of memory.
     pub oom_kills: u64,
+    /// Bytes of the writable layer in use; 0 once the box has ended.
+    pub disk_bytes: u64,
 }
 
 /// A live box, as [`crate::Spawner::running`] lists it for adoption.

@@ -137,6 +137,18 @@ pub(crate) unsafe fn vfork<F: FnOnce()>(body: F) -> io::Result<i32> {
     check(libc::c_long::from(pid)).map(|_| pid)
 }
 
+/// Keeps every capability over changes of user id from here on.
+pub(crate) fn keep_capabilities_over_ids() -> io::Result<()> {
+    const SECBIT_NO_SETUID_FIXUP: u64 = 1 << 2;
+    prctl(libc::PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)
+}
+
+/// Sets the effective user id of this (single-threaded) process.
+pub(crate) fn set_effective_uid(uid: u32) -> io::Result<()> {
+    // SAFETY: takes no pointer. The raw call acts on the calling thread, which is the only one.
+    check(unsafe { libc::syscall(libc::SYS_setresuid, u32::MAX, uid, u32::MAX) }).map(drop)
+}
+
 /// `unshare`.
 pub(crate) fn unshare(flags: i32) -> io::Result<()> {
     // SAFETY: takes no pointer; the callers here have one thread, so no other is surprised.

@@ -232,10 +232,19 @@ fn disk_and_inode_limits() {
         "sh",
         "-c",
         "dd if=/dev/zero of=/big bs=1M count=32 2>&1 | grep -o 'No space.*'; rm /big; \
-         i=0; while touch /f$i 2>/dev/null; do i=$((i+1)); done; [ $i -lt 300 ] && echo few",
+         i=0; while touch /f$i 2>/dev/null; do i=$((i+1)); done; rm /f*; [ $i -lt 300 ] && echo few; \
+         dd if=/dev/zero of=/big bs=1M count=5 2>/dev/null; read x",
     ]));
+    spec.program.stdin = true;
     spec.limits = Limits { disk_bytes: 8 << 20, inodes: 256, ..Limits::default() };
     let running = wait(place.spawner.claim(spec)).unwrap();
+    let used = || wait(place.spawner.stats(running.id)).unwrap().disk_bytes;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    // Until the last file alone is there.
+    while !((5 << 20)..(6 << 20)).contains(&used()) {
+        assert!(std::time::Instant::now() < deadline, "{} bytes in use", used());
+    }
+    rustix::io::write(running.stdio.stdin.as_ref().unwrap(), b"\n").unwrap();
     assert_eq!(place.finish(running).0, "No space left on device\nfew\n");
 }
 

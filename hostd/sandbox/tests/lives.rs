@@ -22,6 +22,10 @@ fn main() {
     if args.get(1).is_some_and(|a| a == "__hostd-of-forty") {
         return be_hostd_of_forty(&args[2], &args[3]);
     }
+    if args.get(1).is_some_and(|a| a == "__hostd-replaced") {
+        fs::remove_file(std::env::current_exe().unwrap()).unwrap();
+        return be_hostd(&args[2], &args[3]);
+    }
     if args.get(1).is_some_and(|a| a == "__hostd") {
         return be_hostd(&args[2], &args[3]);
     }
@@ -32,6 +36,7 @@ fn main() {
         ("spawner_killed_frozen_box_swept", spawner_killed_frozen_box_swept),
         ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
         ("no_descriptors_left", no_descriptors_left),
+        ("a_replaced_binary_still_starts", a_replaced_binary_still_starts),
         ("forty_outlive_hostd", forty_outlive_hostd),
         ("full_is_refused_and_freed", full_is_refused_and_freed),
         ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
@@ -78,12 +83,17 @@ struct Hostd {
 
 fn hostd() -> Hostd {
     let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
-    let child = hostd_by("__hostd", &dir, &root);
+    let child = hostd_by(&std::env::current_exe().unwrap(), "__hostd", &dir, &root);
     Hostd { child, dir, _root: root }
 }
 
-fn hostd_by(role: &str, dir: &tempfile::TempDir, root: &tempfile::TempDir) -> std::process::Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+fn hostd_by(
+    exe: &Path,
+    role: &str,
+    dir: &tempfile::TempDir,
+    root: &tempfile::TempDir,
+) -> std::process::Child {
+    let mut child = Command::new(exe)
         .arg(role)
         .args([dir.path(), root.path()])
         .stdin(Stdio::piped())
@@ -278,8 +288,14 @@ fn limit_descriptors(pid: u32, soft: u64) -> u64 {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap());
     let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let limit = rustix::process::Rlimit { current: Some(soft), maximum: before.maximum };
-    let old = rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
-    old.current.unwrap()
+    loop {
+        match rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit) {
+            Ok(old) => return old.current.unwrap(),
+            // For a moment of each clone the spawner is another user.
+            Err(rustix::io::Errno::PERM) => std::thread::yield_now(),
+            Err(e) => panic!("{e}"),
+        }
+    }
 }
 
 /// O2: neither the spawner nor hostd has room for one more descriptor: launches fail by name, nothing is
@@ -323,6 +339,19 @@ fn no_descriptors_left() {
     assert_eq!(place.shell("echo well").0, "well\n");
 }
 
+/// An upgrade has replaced the file that hostd runs from before it starts its spawner.
+fn a_replaced_binary_still_starts() {
+    let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
+    let exe = dir.path().join("hostd");
+    fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+    let mut hostd = hostd_by(&exe, "__hostd-replaced", &dir, &root);
+    hostd.kill().unwrap();
+    hostd.wait().unwrap();
+    let Joined { spawner, live, .. } = Spawner::connect_or_start(&config(dir.path())).unwrap();
+    assert_eq!(live.len(), 2);
+    wait(spawner.shutdown(true)).unwrap();
+}
+
 fn be_hostd_of_forty(dir: &str, root: &str) {
     let config = Config { slots: 64, ..config(Path::new(dir)) };
     let joined = Spawner::connect_or_start(&config).unwrap();
@@ -335,7 +364,7 @@ fn be_hostd_of_forty(dir: &str, root: &str) {
 
 fn forty_outlive_hostd() {
     let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
-    let mut hostd = hostd_by("__hostd-of-forty", &dir, &root);
+    let mut hostd = hostd_by(&std::env::current_exe().unwrap(), "__hostd-of-forty", &dir, &root);
     hostd.kill().unwrap();
     hostd.wait().unwrap();
     let Joined { spawner, mut events, live, .. } =

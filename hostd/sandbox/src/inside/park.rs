@@ -36,6 +36,9 @@ const MASKED: [&str; 14] = [
 /// Those that are read but not written.
 const READ_ONLY: [&str; 6] = ["bus", "driver", "fs", "irq", "sys", "sysrq-trigger"];
 
+/// Terminals of a box.
+const TERMINALS_MAX: &str = "128";
+
 type Step<T> = Result<T, Fault>;
 
 fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Step<T> {
@@ -121,7 +124,9 @@ fn build_root(dev: OwnedFd) -> Step<()> {
     os("/sys", sys::attach(empty.as_fd(), root.as_fd(), "sys"))?;
     os("/dev", sys::attach(dev.as_fd(), root.as_fd(), "dev"))?;
     let dev = os("/dev", open_directory(root.as_fd(), "dev"))?;
-    let pts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5")];
+    // Terminals are counted for the whole machine: `max`, or one box could have them all.
+    let pts = [("newinstance", ""), ("ptmxmode", "0666"), ("mode", "0620"), ("max", TERMINALS_MAX)];
+    let pts: Vec<_> = pts.into_iter().chain([("gid", "5")]).collect();
     let pts = os("/dev/pts", sys::new_mount("devpts", &pts, sys::ATTR_NOSUID | sys::ATTR_NOEXEC))?;
     os("/dev/pts", sys::attach(pts.as_fd(), dev.as_fd(), "pts"))?;
     let shm = [("mode", "1777"), ("size", "64m"), ("nr_inodes", "4096")];

@@ -51,7 +51,7 @@ impl Spawning {
                 Ok(Answer::Done)
             }),
             Ask::Stats { id } => {
-                self.on_box(from, &id, |built| Ok(Answer::Stats(built.group.stats())));
+                self.on_box(from, &id, |built| Ok(Answer::Stats(built.stats())));
             }
             Ask::Stdio { id } => self.stdio(from, &id),
             Ask::Forget { id } => {

@@ -143,9 +143,16 @@ impl Boxed {
             let into = group.clone_target()?;
             let doors = group.doors()?;
             let flags = u64::from((libc::CLONE_NEWUSER | libc::CLONE_NEWPID).unsigned_abs());
+            // The creator of a user namespace pays for what is counted by user (inotify instances, pending
+            // signals, processes of RLIMIT_NPROC). So each box is created by its own user, or one box
+            // could use up root's and with it everybody's.
+            sys::set_effective_uid(uid_base)?;
             // SAFETY: the spawner has one thread, always.
-            let cloned = unsafe { sys::clone_process(flags, into.as_ref().map(AsFd::as_fd)) }?;
-            match cloned {
+            let cloned = unsafe { sys::clone_process(flags, into.as_ref().map(AsFd::as_fd)) };
+            if !matches!(cloned, Ok(Cloned::Child)) {
+                sys::set_effective_uid(0)?;
+            }
+            match cloned? {
                 Cloned::Child => {
                     let control = theirs;
                     inside::run_box(inside::Setup { control, dev, doors, filters })
@@ -195,6 +202,16 @@ impl Boxed {
             self.paused = false;
         }
         self.entry.enter(State::Dying);
+    }
+
+    /// What the box has used.
+    pub(super) fn stats(&self) -> crate::spec::Stats {
+        // A magic link, not a walk through the box's files; an overlay answers for its upper layer.
+        let used = rustix::fs::statfs(format!("/proc/{}/root", self.pid)).map(|s| {
+            let block = u64::try_from(s.f_bsize).unwrap_or(0);
+            s.f_blocks.saturating_sub(s.f_bfree).saturating_mul(block)
+        });
+        crate::spec::Stats { disk_bytes: used.unwrap_or(0), ..self.group.stats() }
     }
 
     /// Waits until the killed box is gone.

@@ -149,6 +149,8 @@ fn harden() -> io::Result<()> {
     sys::unblock_signals();
     rustix::process::umask(Mode::empty());
     rustix::process::chdir("/")?;
+    // Boxes are cloned under their own user id; see `Boxed::make`.
+    sys::keep_capabilities_over_ids()?;
     // No file of this process or of a fork of it is readable from inside a box.
     sys::prctl(libc::PR_SET_DUMPABLE, 0)?;
     let (_, hard) = sys::open_files_limit();

@@ -26,6 +26,9 @@ const DOORS_MIN: usize = 120;
 fn main() {
     hostd_sandbox::main_if_asked();
     let args: Vec<String> = std::env::args().collect();
+    if args.get(1).is_some_and(|a| a == "__hoard") {
+        return inside::hoard();
+    }
     if args.get(1).is_some_and(|a| a == "__attack") {
         return inside::attack(&Host::from_args(&args[2..]));
     }
@@ -34,6 +37,7 @@ fn main() {
         ("the_runner_is_not_run_or_read", the_runner_is_not_run_or_read),
         ("a_working_directory_does_not_leak", a_working_directory_does_not_leak),
         ("planted_mount_points", planted_mount_points),
+        ("hoards_are_counted_by_box", hoards_are_counted_by_box),
         ("bombs_do_not_reach_the_neighbour", bombs_do_not_reach_the_neighbour),
     ]);
 }
@@ -201,6 +205,29 @@ fn planted_mount_points() {
         let line = "stat -f -c %T /proc /dev /sys; cat /etc/passwd | wc -l; echo x > /dev/null";
         assert_eq!(place.shell(line).0, "proc\ntmpfs\ntmpfs\n2\n", "{name}");
     }
+}
+
+/// What the kernel counts by user or for the machine: one box takes all that it can, and the next still
+/// gets as much, and so does the host.
+fn hoards_are_counted_by_box() {
+    let mut place = place(2);
+    house::install(&place.root, &std::env::current_exe().unwrap(), "probe");
+    let mut hoards = Vec::new();
+    for _ in 0..3 {
+        let program = Program { stdin: true, ..Program::new(["probe", "__hoard"]) };
+        let mut running = place.claim(program).unwrap();
+        let mut line = String::new();
+        let stdout = fs::File::from(running.stdio.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
+        hoards.push((running, line));
+    }
+    println!("each box's hoard: {}", hoards[0].1.trim());
+    assert!(hoards.iter().all(|(_, line)| *line == hoards[0].1 && line.contains("terminals")));
+    // SAFETY: takes no pointer.
+    let own = unsafe { libc::inotify_init1(libc::IN_CLOEXEC) };
+    assert!(own >= 0, "the host has no inotify left");
+    // SAFETY: the descriptor is ours.
+    unsafe { libc::close(own) };
 }
 
 fn bombs_do_not_reach_the_neighbour() {
