@@ -34,8 +34,8 @@ pub struct Config {
     /// This aggregator's id; by default the one of its certificate.
     #[serde(default)]
     pub aggregator_id: Option<u64>,
-    /// Datagram addresses of all aggregators of the fleet, as hosts have them. Nothing is sent to them: they meet in
-    /// the store.
+    /// Datagram addresses of all aggregators of the fleet, as hosts have them. Nothing is sent to them, since they meet
+    /// in the store; an aggregator that is not among them warns.
     #[serde(default)]
     pub peers: Vec<SocketAddr>,
     /// Milliseconds between two looks whether the map has changed.

@@ -238,6 +238,7 @@ impl Drains {
                 (host, (drain.deadline_ms > 0).then_some(now_ms + left_ms))
             })
             .collect();
-        self.shards.tell_all(|| Ask::Drains(wanted.clone())).await;
+        // Done means that the next heartbeat is answered by it: so it is waited for.
+        self.shards.ask_all(|done| Ask::Drains(wanted.clone(), done)).await;
     }
 }

@@ -21,7 +21,10 @@ use heartbeat_core::{
 use rand::{TryRngCore as _, rngs::OsRng};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use wire::map::{Digest, Head, MapVersion, PageRef, path};
+use wire::{
+    limits::{DEAD_AFTER_INTERVALS, HEARTBEAT_INTERVAL_MS},
+    map::{Digest, Head, MapVersion, PageRef, path},
+};
 use wire_net::objects::{
     self, Swap, UpdateVersion,
     object_store::{ObjectStore, ObjectStoreExt as _, path::Path},
@@ -36,6 +39,9 @@ use crate::{
 const REPUBLISH_MS: u64 = 60_000;
 /// A page is deleted when no head has named it for so long: readers of an old head have it by then.
 const KEEP_PAGES_MS: u64 = 600_000;
+/// For so long after its start an aggregator publishes no map that has lost more of its hosts than the brake allows: its
+/// store may be new or empty while the fleet is not. By then every host that lives has spoken several times.
+const SETTLE_MS: u64 = DEAD_AFTER_INTERVALS * HEARTBEAT_INTERVAL_MS;
 /// Pages on their way at once.
 const PUTS: usize = 16;
 
@@ -60,6 +66,7 @@ pub(crate) struct Publisher {
     pub(crate) clock: Clock,
     pub(crate) aggregator: u64,
     pub(crate) publish_ms: u64,
+    pub(crate) brake_percent: u64,
     pub(crate) leads: watch::Sender<bool>,
     pub(crate) figures: Arc<PublishFigures>,
 }
@@ -200,6 +207,12 @@ impl Publisher {
         if built.pages == known.pages && known.leader.published_here() && !old {
             known.membership = Some(membership);
             return Duration::ZERO;
+        }
+        let before: u64 = known.pages.iter().map(|page| u64::from(page.count)).sum();
+        let shrunk = built.count * 100 < before * (100 - self.brake_percent);
+        if shrunk && now_ms < SETTLE_MS {
+            tracing::warn!(before, now = built.count, "brake: the map waits for hosts to speak");
+            return Duration::from_secs(1);
         }
         self.put_pages(known, built, membership).await
     }

@@ -18,8 +18,13 @@ use heartbeat_core::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use wire::{
-    CapacityWord, Fault, HostId, feed::Subscribe, limits::DATAGRAM_BYTES_MAX, map::HostAddr,
-    report::FailureReport, seal::KeyEpoch,
+    CapacityWord, Fault, HostId,
+    datagram::PREFIX_BYTES,
+    feed::Subscribe,
+    limits::{DATAGRAM_BYTES_MAX, TAG_BYTES},
+    map::HostAddr,
+    report::FailureReport,
+    seal::KeyEpoch,
 };
 use wire_net::udp::{Receiver, Sender};
 
@@ -33,8 +38,12 @@ const PIECE: usize = 16_384;
 const NEWS_MAX: usize = 8_192;
 /// Heartbeats that wait for their own shard's thread.
 const HANDED_ON_MAX: usize = 4_096;
-/// A heartbeat is 93 bytes; nothing longer is handed on.
+/// A heartbeat fits; nothing longer is handed on.
 const HANDED_ON_BYTES: usize = 128;
+
+const _: () = assert!(
+    PREFIX_BYTES + size_of::<wire::heartbeat::ArchivedHeartbeat>() + TAG_BYTES <= HANDED_ON_BYTES
+);
 
 /// What a placer said, for the hub.
 #[derive(Clone, Copy, Debug)]
@@ -220,7 +229,10 @@ impl Thread {
             Ask::Rows(rows) => rows.iter().for_each(|row| {
                 shard.handle_row(now_ms, row);
             }),
-            Ask::Drains(drains) => shard.handle_drains(drains),
+            Ask::Drains(drains, done) => {
+                shard.handle_drains(drains);
+                let _ = done.send(());
+            }
             Ask::Quarantine(host, on) => shard.handle_quarantine(host, on),
             Ask::Suspect(host, on) => shard.handle_suspicion(host, on),
             Ask::Correct(host, word) => shard.handle_correction(host, word),

@@ -223,6 +223,9 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
     let first = &ground.receivers[0];
     let udp = first.local_addr().map_err(|error| internal(&error))?;
     let sender = first.sender().map_err(|error| internal(&error))?;
+    if !config.peers.is_empty() && !config.peers.contains(&udp) {
+        tracing::warn!(%udp, "not among `peers`: hosts that are given that list never come here");
+    }
     let admin = endpoint.local_addr().map_err(|error| internal(&error))?;
     let Ground { keys, objects, store, receivers, aggregator, .. } = ground;
     let threads = start_receivers(&config, &keys, receivers, clock)?;
@@ -331,6 +334,7 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         clock,
         aggregator,
         publish_ms: config.publish_ms,
+        brake_percent: config.brake_percent,
         leads: leads_out,
         figures: Arc::clone(&sources.publish),
     };

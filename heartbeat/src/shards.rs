@@ -80,7 +80,7 @@ pub struct Figures {
 /// What a shard is asked.
 pub(crate) enum Ask {
     Rows(Vec<Row>),
-    Drains(BTreeMap<HostId, DrainUntil>),
+    Drains(BTreeMap<HostId, DrainUntil>, oneshot::Sender<()>),
     Quarantine(HostId, bool),
     Suspect(HostId, bool),
     Correct(HostId, CapacityWord),

@@ -103,6 +103,35 @@ async fn the_silent_leave_the_map_and_a_burst_of_silence_empties_nothing() {
     running.stop().await;
 }
 
+/// The brake of the publisher: a store that was lost does not empty the map.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_store_does_not_empty_the_map() {
+    let fleet = Fleet::new();
+    let running = fleet.start(|_| {}).await;
+    let mut senders = fleet.senders(400, &[running.udp]);
+    senders.beat_all(20_000).unwrap();
+    let full = async || published(&fleet.objects()).await.filter(|(head, _)| head.count == 400);
+    let (before, _) = until("the map has all hosts", full).await;
+    running.stop().await;
+
+    let running = fleet.start(|config| config.store.push_str(".new")).await;
+    senders.retarget(running.udp);
+    senders.beat(0..200, 20_000).unwrap();
+    until("half of them are known", async || {
+        (running.shards.census().await.total == 200).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(full().await.map(|(head, _)| head.version), Some(before.version));
+    senders.beat(200..400, 20_000).unwrap();
+    let (after, map) = until("another map of all", async || {
+        full().await.filter(|(head, _)| head.version > before.version)
+    })
+    .await;
+    assert_eq!((after.version.epoch, map), (before.version.epoch + 1, senders.addresses()));
+    running.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_or_a_port_of_another_process_is_said() {
     let fleet = Fleet::new();

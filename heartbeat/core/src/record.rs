@@ -174,7 +174,8 @@ impl Record {
         (self.incarnation, self.seq, self.window) = (row.incarnation.0, row.seq.0, u64::MAX);
         self.revision = row.revision;
         (self.ip, self.port, self.running) = (row.ip, row.port, row.running);
-        self.word = row.word.without(CapacityWord::QUARANTINED | CapacityWord::ABSENT);
+        // A quarantine is kept by the aggregator that hears the host: its word stands until the host speaks here.
+        self.word = row.word.without(CapacityWord::ABSENT);
         if !row.says_draining {
             self.word = self.word.without(CapacityWord::DRAINING);
         }

@@ -114,6 +114,7 @@ pub struct Shard {
     listed: Vec<u32>,
     round: Vec<u32>,
     membership: u64,
+    dirty: usize,
     counters: Counters,
 }
 
@@ -141,6 +142,7 @@ impl Shard {
             listed: Vec::new(),
             round: Vec::new(),
             membership: 0,
+            dirty: 0,
             counters: Counters::default(),
         }
     }

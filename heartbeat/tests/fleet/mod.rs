@@ -108,16 +108,16 @@ pub(crate) async fn hosts(operator: &quinn::Connection) -> Vec<HostRecord> {
     hosts
 }
 
-/// The map as a placer reads it, fully checked.
+/// The map as a placer reads it, fully checked. A read that fails is a placer's to try again; a page that is missing is not.
 pub(crate) async fn published(
     store: &Arc<dyn ObjectStore>,
 ) -> Option<(Head, Vec<(HostId, HostAddr)>)> {
-    let (bytes, _) = objects::read(&**store, &Path::from(path::HEAD)).await.unwrap()?;
+    let (bytes, _) = objects::read(&**store, &Path::from(path::HEAD)).await.ok()??;
     let head = Head::from_bytes(&bytes).unwrap();
     let mut hosts = Vec::new();
     for named in &head.pages {
         let at = Path::from(path::page(&named.digest));
-        let (bytes, _) = objects::read(&**store, &at).await.unwrap().expect("pages before heads");
+        let (bytes, _) = objects::read(&**store, &at).await.ok()?.expect("pages before heads");
         hosts.extend(Page::parse(&bytes, named).unwrap().hosts());
     }
     Some((head, hosts))

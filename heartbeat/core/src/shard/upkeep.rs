@@ -237,6 +237,7 @@ impl Shard {
         let records = &self.records;
         let record = &records[at as usize];
         let (host, said) = (record.host, record.said());
+        self.dirty -= usize::from(record.is(mark::DIRTY));
         self.index.remove(host, |at| records[at as usize].host);
         self.gone
             .push((HostId(host), CapacityWord::new([0; 4], CapacityWord::ABSENT, said.stamp())));

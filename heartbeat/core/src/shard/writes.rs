@@ -29,6 +29,7 @@ impl Shard {
             record.set(mark::NEWS, true);
             self.news.push(at);
         }
+        self.dirty += usize::from(!record.is(mark::DIRTY));
         record.set(mark::DIRTY, true);
         self.list(at);
     }
@@ -57,8 +58,8 @@ impl Shard {
 
     /// Rows that the store does not have yet, those on their way included.
     #[must_use]
-    pub fn dirty(&self) -> usize {
-        self.records.iter().filter(|record| record.is(mark::DIRTY)).count()
+    pub const fn dirty(&self) -> usize {
+        self.dirty
     }
 
     /// Orders what is to be written by partition, unless the last round still has some.
@@ -107,8 +108,10 @@ impl Shard {
             let Some(at) = self.find(host) else { continue };
             let record = &mut self.records[at as usize];
             record.set(mark::IN_FLIGHT, false);
-            if acknowledged && written(wire::Seq(record.seq), record.revision) == stamp {
+            let same = written(wire::Seq(record.seq), record.revision) == stamp;
+            if acknowledged && same && record.is(mark::DIRTY) {
                 record.set(mark::DIRTY, false);
+                self.dirty -= 1;
             }
             if record.is(mark::DIRTY) {
                 self.list(at);
