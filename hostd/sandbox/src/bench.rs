@@ -7,7 +7,8 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::sys::{self, Cloned};
+use crate::fork::{self, Cloned};
+use crate::sys;
 
 /// A static program of some 180 bytes: reads `CLOCK_MONOTONIC`, writes it to stdout as two native
 /// 64-bit words (seconds, nanoseconds), exits 0. `None` where we have none for this machine.
@@ -84,7 +85,7 @@ pub fn bare_life(program: &Path) -> io::Result<()> {
     use std::os::fd::AsFd;
     // SAFETY: the child makes three system calls on memory that was ready before the clone, and touches
     // no lock; so other threads of this process do not matter.
-    match unsafe { sys::clone_process(u64::from(flags.unsigned_abs()), None) }? {
+    match unsafe { fork::clone_process(u64::from(flags.unsigned_abs()), None) }? {
         Cloned::Child => {
             let _ = sys::move_fd(null.as_fd(), 1, false);
             let _ = sys::execve(&path, &argv, &env);

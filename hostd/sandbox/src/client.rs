@@ -1,27 +1,23 @@
-//! hostd's handle on a spawner: starts or joins it, asks, and hears events.
+//! hostd's handle on a spawner: asks, and hears events. `start` is how it comes to be.
 //!
 //! Questions leave from the caller's thread (one non-blocking `sendmsg`); one thread of ours reads
 //! answers and wakes whoever waits. So the async functions work on any runtime, and each has no
 //! timeout of its own: the spawner always answers, and if it dies every question answers `Unknown`.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
-use std::process::{Command, Stdio as ChildStdio};
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::error::{ClaimError, Fault, Refusal, StartError};
-use crate::msg::{Answer, Ask, Claim, FileResult, PROTOCOL, Reply, Request, StdioFds};
+use crate::error::{ClaimError, Fault, Refusal};
+use crate::msg::{Answer, Ask, Claim, FileResult, Reply, Request, StdioFds};
 use crate::packet;
-use crate::spawner::{ARGUMENT, LOCKED, READY, check, socket_path};
 use crate::spec::{
-    ClaimSpec, Config, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live,
-    PoolState, Program, Running, SandboxId, Stats, Stdio,
+    ClaimSpec, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live, PoolState,
+    Program, Running, SandboxId, Stats, Stdio,
 };
 use crate::sys;
 
@@ -29,8 +25,6 @@ use crate::sys;
 /// fills, and at its end the connection is dropped; nothing is lost that `running` and `exited` do
 /// not tell again.
 const EVENTS_MAX: usize = 4096;
-/// Longest wait for a spawner that is ending.
-const START_MAX: Duration = Duration::from_secs(10);
 /// Longest listing that is read back.
 const LISTING_BYTES_MAX: u64 = 64 << 20;
 
@@ -49,7 +43,24 @@ pub type Events = mpsc::Receiver<Event>;
 #[derive(Clone)]
 pub struct Spawner {
     shared: Arc<Shared>,
+    /// Ends the connection, and with it the reader, when the last clone goes.
+    _last: Arc<HangUp>,
     pid: u32,
+}
+
+struct HangUp(Arc<Shared>);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.0.socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// How a spawner greets.
+pub(crate) struct Welcome {
+    pub(crate) protocol: u32,
+    pub(crate) live: Vec<Live>,
+    pub(crate) exited: Vec<Exited>,
 }
 
 impl std::fmt::Debug for Spawner {
@@ -58,42 +69,27 @@ impl std::fmt::Debug for Spawner {
     }
 }
 
-/// What a spawner had when it was joined.
-#[derive(Debug)]
-pub struct Joined {
-    /// The handle.
-    pub spawner: Spawner,
-    /// Its events.
-    pub events: Events,
-    /// Sandboxes that run already: adopt them or kill them.
-    pub live: Vec<Live>,
-    /// Sandboxes that have ended and were not forgotten.
-    pub exited: Vec<Exited>,
-    /// Whether this call started it.
-    pub started: bool,
-}
-
 impl Spawner {
-    /// Joins the spawner of the state directory, or starts one. Blocks for some milliseconds.
-    ///
-    /// # Errors
-    /// [`StartError::NeedsRoot`] without root; otherwise why there is no spawner.
-    pub fn connect_or_start(config: &Config) -> Result<Joined, StartError> {
-        check(config).map_err(StartError::Config)?;
-        if !rustix::process::geteuid().is_root() {
-            return Err(StartError::NeedsRoot);
-        }
-        make_state_dir(&config.state_dir)?;
-        let deadline = Instant::now() + START_MAX;
-        loop {
-            // One that is just ending still holds its lock, or accepts and is gone: come again.
-            let met = meet(config);
-            let again = matches!(&met, Err(StartError::Ending));
-            if !again || Instant::now() > deadline {
-                return met;
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+    /// Greets over a connected socket. `None`: whoever was there is gone.
+    pub(crate) fn over(socket: OwnedFd) -> io::Result<Option<(Self, Events, Welcome)>> {
+        let shared = Arc::new(Shared {
+            socket,
+            next: AtomicU64::new(1),
+            waiting: Mutex::new(Some(HashMap::new())),
+        });
+        let (sender, events) = mpsc::channel(EVENTS_MAX);
+        let reader = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("spawner-read".into())
+            .spawn(move || read_answers(&reader, &sender))?;
+        let last = Arc::new(HangUp(Arc::clone(&shared)));
+        let mut spawner = Self { shared, _last: last, pid: 0 };
+        let Ok(hello) = spawner.send(Ask::Hello, &[]) else { return Ok(None) };
+        let Ok(Ok((Answer::Welcome { protocol, pid, live, exited }, _))) = block_on(hello) else {
+            return Ok(None);
+        };
+        spawner.pid = pid;
+        Ok(Some((spawner, events, Welcome { protocol, live, exited })))
     }
 
     /// The spawner's process id.
@@ -118,7 +114,7 @@ impl Spawner {
     /// As there.
     pub fn claim_blocking(&self, spec: ClaimSpec) -> Result<Running, ClaimError> {
         let begun = self.claim_begin(spec)?;
-        let outcome = begun.answer.blocking_recv();
+        let outcome = block_on(begun.answer);
         self.finish_claim(begun.id, received(outcome)?)
     }
 
@@ -353,6 +349,26 @@ struct Begun {
     answer: oneshot::Receiver<Outcome>,
 }
 
+/// Waits on this thread, whether or not a runtime runs on it (where tokio's own ways of blocking
+/// panic). The reader thread does the waking.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    let mut context = std::task::Context::from_waker(&waker);
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return output;
+        }
+        std::thread::park();
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -398,142 +414,6 @@ fn read_listing(fd: OwnedFd) -> Result<Vec<FileStat>, ClaimError> {
         .map_err(|e| Fault::os("read a listing", &e))?;
     rkyv::from_bytes::<Vec<FileStat>, rkyv::rancor::Error>(&bytes)
         .map_err(|_| Fault::BoxDied { what: "listing a directory".into() }.into())
-}
-
-fn io_error(what: &str) -> impl FnOnce(io::Error) -> StartError {
-    let what = what.to_owned();
-    move |error| StartError::Io { what, error }
-}
-
-fn meet(config: &Config) -> Result<Joined, StartError> {
-    if let Some(socket) = connect(&config.state_dir)? {
-        return join(config, socket, false);
-    }
-    start(config)?;
-    match connect(&config.state_dir)? {
-        Some(socket) => join(config, socket, true),
-        None => Err(StartError::Setup("it started and is not there".into())),
-    }
-}
-
-/// Connects, or `None` where nobody listens.
-fn connect(state_dir: &str) -> Result<Option<OwnedFd>, StartError> {
-    use rustix::net as n;
-    let make = || -> rustix::io::Result<Option<OwnedFd>> {
-        let flags = n::SocketFlags::CLOEXEC;
-        let socket = n::socket_with(n::AddressFamily::UNIX, n::SocketType::SEQPACKET, flags, None)?;
-        let address = n::SocketAddrUnix::new(socket_path(state_dir))?;
-        match n::connect(&socket, &address) {
-            Ok(()) => Ok(Some(socket)),
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::CONNREFUSED) => Ok(None),
-            Err(e) => Err(e),
-        }
-    };
-    make().map_err(|e| io_error("connect to the spawner")(e.into()))
-}
-
-fn make_state_dir(state_dir: &str) -> Result<(), StartError> {
-    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    let path = Path::new(state_dir);
-    if path.exists() {
-        let private = std::fs::Permissions::from_mode(0o700);
-        return std::fs::set_permissions(path, private).map_err(io_error("state directory"));
-    }
-    let mut builder = std::fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700).create(path).map_err(io_error("state directory"))
-}
-
-/// Starts the spawner and waits until it listens. Its binary is executed through a read-only mount
-/// of its own, so that nobody who reaches it through `/proc/self/exe` can write it.
-fn start(config: &Config) -> Result<(), StartError> {
-    let exe = if config.exe.is_empty() { "/proc/self/exe" } else { &config.exe };
-    let sealed = sys::clone_tree(rustix::fs::CWD, exe, false)
-        .and_then(|mount| sys::mount_restrict(mount.as_fd(), sys::ATTR_RDONLY).map(|()| mount));
-    let sealed = match sealed {
-        Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(StartError::NeedsRoot),
-        // A binary that was replaced since has no name to mount by: a sealed copy in memory, then.
-        Err(_) => sealed_copy(exe).map_err(io_error("copy the spawner's binary"))?,
-        Ok(mount) => mount,
-    };
-    let path = format!("/proc/self/fd/{}", sealed.as_raw_fd());
-    use std::os::unix::process::CommandExt;
-    let mut child = Command::new(path)
-        // What `ps` in a box shows of its init: no path of the host.
-        .arg0("volley")
-        .arg(ARGUMENT)
-        .env_clear()
-        .stdin(ChildStdio::piped())
-        .stdout(ChildStdio::piped())
-        .spawn()
-        .map_err(io_error("start the spawner"))?;
-    let bytes = rkyv::to_bytes::<rkyv::rancor::Error>(config)
-        .map_err(|e| StartError::Config(e.to_string()))?;
-    let mut said = Vec::new();
-    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    if let (Some(mut stdin), Some(stdout)) = (stdin, stdout) {
-        stdin.write_all(&bytes).map_err(io_error("configure the spawner"))?;
-        drop(stdin);
-        let read = stdout.take(4096).read_to_end(&mut said);
-        read.map_err(io_error("hear the spawner"))?;
-    }
-    // Collected whenever it ends, so that it leaves no zombie.
-    std::thread::Builder::new()
-        .name("spawner-wait".into())
-        .stack_size(64 << 10)
-        .spawn(move || drop(child.wait()))
-        .map_err(io_error("start a thread"))?;
-    if said == READY {
-        return Ok(());
-    }
-    if said == LOCKED.as_bytes() {
-        return Err(StartError::Ending);
-    }
-    let why = String::from_utf8_lossy(&said).into_owned();
-    Err(StartError::Setup(if why.is_empty() {
-        "it ended at once; the binary must call hostd_sandbox::main_if_asked first thing".into()
-    } else {
-        why
-    }))
-}
-
-fn sealed_copy(exe: &str) -> io::Result<OwnedFd> {
-    use rustix::fs::{MemfdFlags, SealFlags};
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let memory = rustix::fs::memfd_create("spawner", flags)?;
-    io::copy(&mut std::fs::File::open(exe)?, &mut std::fs::File::from(memory.try_clone()?))?;
-    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-    rustix::fs::fcntl_add_seals(&memory, seals)?;
-    Ok(memory)
-}
-
-fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, StartError> {
-    let shared = Arc::new(Shared {
-        socket,
-        next: AtomicU64::new(1),
-        waiting: Mutex::new(Some(HashMap::new())),
-    });
-    let (sender, events) = mpsc::channel(EVENTS_MAX);
-    let reader = Arc::clone(&shared);
-    std::thread::Builder::new()
-        .name("spawner-read".into())
-        .spawn(move || read_answers(&reader, &sender))
-        .map_err(io_error("start a thread"))?;
-    let mut spawner = Spawner { shared, pid: 0 };
-    let hello = spawner.send(Ask::Hello, &[]).map_err(|_| StartError::Ending)?;
-    match hello.blocking_recv() {
-        Ok(Ok((Answer::Welcome { protocol, pid, live, exited }, _))) => {
-            if protocol != PROTOCOL {
-                return Err(StartError::Version {
-                    state_dir: config.state_dir.clone(),
-                    theirs: protocol,
-                    ours: PROTOCOL,
-                });
-            }
-            spawner.pid = pid;
-            Ok(Joined { spawner, events, live, exited, started })
-        }
-        _ => Err(StartError::Ending),
-    }
 }
 
 fn read_answers(shared: &Shared, events: &mpsc::Sender<Event>) {

@@ -12,16 +12,18 @@ mod cgroup;
 mod client;
 mod error;
 mod filter;
+mod fork;
 mod inside;
 mod msg;
 mod packet;
 mod spawner;
 mod spec;
+mod start;
 mod sweep;
 mod sys;
 mod syscalls;
 
-pub use client::{Events, Joined, Spawner};
+pub use client::{Events, Spawner};
 pub use error::{ClaimError, Fault, Refusal, StartError};
 pub use inside::ENTRIES_MAX;
 pub use spawner::main_if_asked;
@@ -30,4 +32,5 @@ pub use spec::{
     FileOp, FileStat, LAYERS_MAX, Limits, Live, PoolState, Program, RootSpec, Running, SLOTS_MAX,
     SandboxId, Shape, Stats, Stdio, Steps, TtySize, UIDS_A_BOX,
 };
+pub use start::Joined;
 pub use sweep::{Swept, sweep};

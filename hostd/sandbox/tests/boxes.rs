@@ -444,4 +444,8 @@ fn steps_are_in_order() {
     ];
     assert!(order[0] > 0 && order.is_sorted(), "{s:?}");
     place.exited(running.id);
+    // The blocking ways work within a runtime too.
+    let spec = place.spec(Program::new(["true"]));
+    let running = wait(async { place.spawner.claim_blocking(spec) }).unwrap();
+    place.exited(running.id);
 }

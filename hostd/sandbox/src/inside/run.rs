@@ -12,6 +12,7 @@ use rustix::pipe::PipeFlags;
 
 use super::users::{self, User};
 use crate::error::Fault;
+use crate::fork;
 use crate::spec::{Limits, Program, TtySize};
 use crate::sys;
 
@@ -65,7 +66,7 @@ pub(super) fn start(
         .map_err(|e| Fault::os("status pipe", &e.into()))?;
     // SAFETY: a box's init has one thread. The child moves and closes descriptors by number only and
     // forgets every owner that it makes; the strings that it allocates it frees or leaks.
-    let forked = unsafe { sys::vfork(|| become_program(&launch, &stdio, &status_out)) };
+    let forked = unsafe { fork::vfork(|| become_program(&launch, &stdio, &status_out)) };
     let pid = forked.map_err(|e| Fault::os("fork", &e))?;
     drop(status_out);
     drop(stdio);

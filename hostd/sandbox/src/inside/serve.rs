@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{files, run, tell, tell_with};
 use crate::error::Fault;
+use crate::fork;
 use crate::msg::{FromBox, ToBox};
 use crate::packet;
 use crate::spec::{ExitStatus, Limits};
@@ -160,7 +161,7 @@ impl Serving {
     ) {
         // SAFETY: a box's init has one thread.
         let forked =
-            self.room().and_then(|()| unsafe { sys::fork() }.map_err(|e| Fault::os("fork", &e)));
+            self.room().and_then(|()| unsafe { fork::fork() }.map_err(|e| Fault::os("fork", &e)));
         match forked {
             Ok(Some(pid)) => {
                 self.children.insert(pid, Child::Operation(number));

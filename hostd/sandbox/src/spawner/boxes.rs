@@ -10,11 +10,12 @@ use rustix::fs::{Mode, OFlags};
 use super::tally::{Entry, Tally};
 use crate::cgroup::Group;
 use crate::error::Fault;
+use crate::fork::{self, Cloned};
 use crate::inside::{self, Filters};
 use crate::msg::{StdioFds, ToBox};
 use crate::packet;
 use crate::spec::{ExitStatus, Program, SandboxId, Steps, UIDS_A_BOX};
-use crate::sys::{self, Cloned};
+use crate::sys;
 
 /// Where a box is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +149,7 @@ impl Boxed {
             // could use up root's and with it everybody's.
             sys::set_effective_uid(uid_base)?;
             // SAFETY: the spawner has one thread, always.
-            let cloned = unsafe { sys::clone_process(flags, into.as_ref().map(AsFd::as_fd)) };
+            let cloned = unsafe { fork::clone_process(flags, into.as_ref().map(AsFd::as_fd)) };
             if !matches!(cloned, Ok(Cloned::Child)) {
                 sys::set_effective_uid(0)?;
             }
