@@ -3,7 +3,7 @@
 //! A stream whose first frame has come with it is served at once, in the turn of its connection: no task is
 //! started, and replies of one turn leave together. Only what must wait becomes a task.
 
-use std::{rc::Rc, time::Duration};
+use std::{cell::Cell, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -33,12 +33,30 @@ use crate::{
 /// A stream that has not said what it is after this long is ended: half-open streams cost memory.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 
+/// Handshakes under way beyond which a peer must first show that it has its address: a token costs us nothing to keep.
+const HANDSHAKES_FREE: usize = 128;
+
+/// Handshakes under way at most. Each takes some 30 KB until it ends.
+const HANDSHAKES_MAX: usize = 2_048;
+
 /// Serves an endpoint until it is closed.
 pub(crate) async fn endpoint(cell: Rc<HostCell>, endpoint: Endpoint) {
+    let handshakes = Rc::new(Cell::new(0));
     while let Some(incoming) = endpoint.accept().await {
-        let cell = Rc::clone(&cell);
+        if handshakes.get() >= HANDSHAKES_MAX {
+            incoming.ignore();
+            continue;
+        }
+        if handshakes.get() >= HANDSHAKES_FREE && !incoming.remote_address_validated() {
+            let _ = incoming.retry();
+            continue;
+        }
+        handshakes.set(handshakes.get() + 1);
+        let (cell, handshakes) = (Rc::clone(&cell), Rc::clone(&handshakes));
         spawn(async move {
-            match quic::accept(incoming).await {
+            let accepted = quic::accept(incoming).await;
+            handshakes.set(handshakes.get() - 1);
+            match accepted {
                 Ok((connection, peer)) => serve(cell, connection, peer).await,
                 Err(fault) => tracing::debug!(%fault, "no connection"),
             }

@@ -25,7 +25,15 @@ const NAME_TTL: Duration = Duration::from_secs(3);
 /// Names that are remembered; at the bound all are forgotten.
 const NAMES_MAX: usize = 4_096;
 
-type Names = HashMap<(String, String), (ImageId, Instant)>;
+/// What a name meant, and when.
+#[derive(Clone, Copy, Debug)]
+struct Name {
+    id: ImageId,
+    at: Instant,
+    renewing: bool,
+}
+
+type Names = HashMap<(String, String), Name>;
 type Mounters = HashMap<String, Rc<OnceCell<Arc<Mounter>>>>;
 
 /// The images of this host.
@@ -35,19 +43,13 @@ pub(crate) struct Images {
     dir: PathBuf,
     cache_bytes_max: u64,
     mounters: RefCell<Mounters>,
-    names: RefCell<Names>,
+    names: Rc<RefCell<Names>>,
 }
 
 impl Images {
     /// Images of a store, kept under `dir`.
     pub(crate) fn new(store: Arc<dyn ObjectStore>, dir: PathBuf, cache_bytes_max: u64) -> Self {
-        Self {
-            store,
-            dir,
-            cache_bytes_max,
-            mounters: RefCell::default(),
-            names: RefCell::default(),
-        }
+        Self { store, dir, cache_bytes_max, mounters: RefCell::default(), names: Rc::default() }
     }
 
     async fn mounter(&self, tenant: &str) -> Result<Arc<Mounter>, Fault> {
@@ -115,9 +117,11 @@ impl Images {
         Ok(mounted)
     }
 
+    /// What a name means. Young answers are taken as they are, and renewed beside the launch before they are old, so
+    /// that steady traffic never waits for the store; an old one is better than none while the store is away.
     async fn resolve(
         &self,
-        mounter: &Mounter,
+        mounter: &Arc<Mounter>,
         tenant: &str,
         image: &str,
     ) -> Result<ImageId, Fault> {
@@ -126,19 +130,52 @@ impl Images {
         }
         let key = (tenant.to_owned(), image.to_owned());
         let known = self.names.borrow().get(&key).copied();
-        if let Some((id, at)) = known
-            && at.elapsed() < NAME_TTL
+        if let Some(name) = known
+            && name.at.elapsed() < NAME_TTL
         {
-            return Ok(id);
+            if name.at.elapsed() > NAME_TTL / 2 && !name.renewing {
+                self.renew(Arc::clone(mounter), key);
+            }
+            return Ok(name.id);
         }
-        let id = mounter.resolve(image).await.map_err(|error| fault(&error))?;
-        let mut names = self.names.borrow_mut();
-        if names.len() >= NAMES_MAX {
-            names.clear();
+        match (mounter.resolve(image).await, known) {
+            (Ok(id), _) => {
+                enter(&self.names, key, id);
+                Ok(id)
+            }
+            (Err(error @ ImageError::Store(_)), Some(name)) => {
+                tracing::warn!(%error, image, "the store is away: the image's name means what it meant");
+                Ok(name.id)
+            }
+            (Err(error), _) => Err(fault(&error)),
         }
-        names.insert(key, (id, Instant::now()));
-        Ok(id)
     }
+
+    fn renew(&self, mounter: Arc<Mounter>, key: (String, String)) {
+        if let Some(name) = self.names.borrow_mut().get_mut(&key) {
+            name.renewing = true;
+        }
+        let names = Rc::clone(&self.names);
+        spawn(async move {
+            match mounter.resolve(&key.1).await {
+                Ok(id) => enter(&names, key, id),
+                Err(error) => {
+                    tracing::debug!(%error, image = key.1, "a name was not renewed");
+                    if let Some(name) = names.borrow_mut().get_mut(&key) {
+                        name.renewing = false;
+                    }
+                }
+            }
+        });
+    }
+}
+
+fn enter(names: &RefCell<Names>, key: (String, String), id: ImageId) {
+    let mut names = names.borrow_mut();
+    if names.len() >= NAMES_MAX {
+        names.clear();
+    }
+    names.insert(key, Name { id, at: Instant::now(), renewing: false });
 }
 
 fn fault(error: &ImageError) -> Fault {

@@ -165,6 +165,9 @@ impl Ring {
     }
 }
 
+/// Where output comes from: stdout (or a terminal), stderr.
+pub(crate) type Outputs = [Option<Rc<Pipe>>; 2];
+
 /// One process.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -198,7 +201,7 @@ impl Process {
         exec: u64,
         stdio: hostd_sandbox::Stdio,
         log_bytes: usize,
-    ) -> io::Result<(Rc<Self>, [Option<Rc<Pipe>>; 2])> {
+    ) -> io::Result<(Rc<Self>, Outputs)> {
         let pipe = |fd: Option<OwnedFd>| fd.map(|fd| Pipe::new(fd).map(Rc::new)).transpose();
         let (stdin, pty) = (pipe(stdio.stdin)?, pipe(stdio.pty)?);
         let (stdout, stderr) = (pipe(stdio.stdout)?, pipe(stdio.stderr)?);
@@ -219,7 +222,7 @@ impl Process {
     }
 
     /// Reads its output to the end. `used` is told of each read, and of bytes lost.
-    pub(crate) async fn pump(self: Rc<Self>, from: [Option<Rc<Pipe>>; 2], used: impl Fn(u64)) {
+    pub(crate) async fn pump(self: Rc<Self>, from: Outputs, used: impl Fn(u64)) {
         let [stdout, stderr] = from;
         let one = |pipe: Option<Rc<Pipe>>, kind| {
             let (this, used) = (&self, &used);

@@ -152,6 +152,7 @@ pub(crate) async fn stats(cell: &HostCell, note: &Note) -> Result<Stats, Fault> 
         memory_peak_bytes: stats.memory_peak_bytes,
         memory_limit_bytes: cell.defaults.shapes.get(shape).need.memory_bytes,
         pids: stats.pids,
+        disk_bytes: stats.disk_bytes,
         log_lost_bytes: lost,
         ..Stats::default()
     })
