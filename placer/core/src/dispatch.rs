@@ -61,8 +61,8 @@ impl Default for Policy {
         Self {
             select: Select::default(),
             attempts_max: ATTEMPTS_MAX,
-            launches_a_retry: 11,
-            retry_burst: 200,
+            launches_a_retry: 12,
+            retry_burst: 100,
             slow_factor: 4,
             slow_least_us: 2_000,
             wait_us: (50_000, 5_000_000),

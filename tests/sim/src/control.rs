@@ -134,11 +134,9 @@ impl Control {
         }
     }
 
-    /// The slow scan, and a new map if hosts came, went or moved. The store keeps it in [`Control::newest`].
-    ///
-    /// # Panics
-    /// If the pages do not check: that is a bug of the builder.
-    pub fn publish(&mut self, now: Micros) -> Option<MapFile> {
+    /// The slow scan. It is slower than heartbeats, so that all who fell silent at once are seen silent in one scan: the
+    /// brake looks at one scan.
+    pub fn scan(&mut self, now: Micros) {
         let mut census = Census::default();
         self.shard.sweep(now / 1_000, 0, usize::MAX, &mut census);
         match self.liveness.judge(now / 1_000, census) {
@@ -153,6 +151,21 @@ impl Control {
             Verdict::Brake { .. } => self.braked = true,
             Verdict::Grace => {}
         }
+    }
+
+    /// Every host's word, as a placer gets it that asks for everything.
+    #[must_use]
+    pub fn everything(&self) -> Words {
+        let mut words = Vec::new();
+        self.shard.words(0, usize::MAX, &mut words);
+        Rc::new(words)
+    }
+
+    /// A new map if hosts came, went or moved. The store keeps it in [`Control::newest`].
+    ///
+    /// # Panics
+    /// If the pages do not check: that is a bug of the builder.
+    pub fn publish(&mut self) -> Option<MapFile> {
         if self.newest.is_some() && self.membership == self.shard.membership() {
             return None;
         }

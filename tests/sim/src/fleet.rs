@@ -29,6 +29,7 @@ enum Event {
     Directive(usize, Vec<u8>),
     Tick,
     Publish,
+    Scan,
     Decay,
     Feed(usize, Words),
     Report(usize, FailureReport),
@@ -148,6 +149,7 @@ impl World {
         self.queue.put(TICK_US, Event::Tick);
         self.queue.put(self.options.map_ms * 1_000, Event::Publish);
         self.queue.put(DECAY_US, Event::Decay);
+        self.put_scan();
         self.queue.put(self.begin, Event::Arrive { hog: false });
         self.queue.put(self.begin + SECOND, Event::Audit);
         if self.options.hog > 0.0 {
@@ -172,6 +174,8 @@ impl World {
             | What::PortDead(share)
             | What::Silent(share)
             | What::Crash(share)
+            | What::Gone(share)
+            | What::Full(share)
             | What::HostdDown(share)
             | What::Partition(share) => share,
             What::Lying => 1e-9,
@@ -215,6 +219,10 @@ impl World {
             }
             Event::Tick => self.tick(),
             Event::Publish => self.publish(),
+            Event::Scan => {
+                self.control.scan(self.queue.now());
+                self.put_scan();
+            }
             Event::Decay => {
                 let tick = self.queue.now() / DECAY_US;
                 for placer in &self.placers {
@@ -227,8 +235,13 @@ impl World {
                 self.control.reported(self.queue.now(), placer as u64, &report);
             }
             Event::Map(placer, file) => {
-                if let Some(version) = self.placers[placer].adopt(&file) {
+                if let Some((version, adopted)) = self.placers[placer].adopt(&file) {
                     self.rules.adopted(placer, version)?;
+                    if adopted.added > 0 && self.weather.feed {
+                        // Words of hosts that it did not know were dropped: it asks for everything.
+                        let at = self.queue.now() + 2 * self.net() + self.options.feed_late_us;
+                        self.queue.put(at, Event::Feed(placer, self.control.everything()));
+                    }
                 }
             }
             Event::Poll(placer, key) => self.poll(placer, key)?,
@@ -310,6 +323,11 @@ impl World {
         }
     }
 
+    fn put_scan(&mut self) {
+        let at = self.queue.now() + u64::from(self.options.beat_ms) * 2_000;
+        self.queue.put(at, Event::Scan);
+    }
+
     fn put_due(&mut self, host: usize) {
         if let Some(at) = self.hosts[host].due_at()
             && at < self.dues[host]
@@ -358,7 +376,7 @@ impl World {
         let now = self.queue.now();
         let older = self.control.newest.clone();
         if self.weather.maps {
-            self.control.publish(now);
+            self.control.publish();
         }
         // Now and then an older map is fetched after a newer one, as from a stale cache: it must not be adopted.
         let stale = self.rng.random_bool(0.1);
@@ -450,7 +468,9 @@ impl World {
         self.placers[caller.placer].broken.remove(&id);
         let launch = self.launch_of(caller);
         let mut acts = Vec::new();
-        if cancel {
+        if cancel && self.options.cancels_lie {
+            self.answer(host, caller, Said::Cancelled, None);
+        } else if cancel {
             self.hosts[host].cancel(now, launch, caller, &mut acts);
         } else {
             self.hosts[host].launch(now, launch, caller, &mut self.rng, &mut acts);
@@ -568,10 +588,11 @@ impl World {
             What::Silent(_) => trouble.silent = begins,
             What::Partition(_) => trouble.cut_off = cut_off,
             What::Lying if begins => here.lie(&self.options),
-            What::Crash(_) | What::HostdDown(_) => {
+            What::Full(_) if begins => here.fill(self.queue.now()),
+            What::Crash(_) | What::Gone(_) | What::HostdDown(_) => {
                 let mut acts = Vec::new();
                 let waiting = match (begins, what) {
-                    (true, What::Crash(_)) => here.crash(&mut acts),
+                    (true, What::Crash(_) | What::Gone(_)) => here.crash(&mut acts),
                     (true, _) => here.kill_hostd(&mut acts),
                     (false, _) if !here.hostd_up => {
                         here.start_hostd(self.queue.now(), &self.options, &fleet_key());
@@ -580,6 +601,10 @@ impl World {
                     }
                     (false, _) => Vec::new(),
                 };
+                if begins && matches!(what, What::Gone(_)) {
+                    let id = self.hosts[host].id;
+                    self.placers.iter_mut().for_each(|placer| _ = placer.broken.insert(id));
+                }
                 for caller in waiting {
                     let at = self.queue.now() + NOTICED_US;
                     self.queue.put(at, Event::Said { host, caller, what: Said::Lost });

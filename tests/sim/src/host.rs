@@ -173,6 +173,28 @@ impl SimHost {
         self.core = core;
     }
 
+    /// Fills it with sandboxes of somebody else.
+    pub fn fill(&mut self, now: Micros) {
+        for number in 0..self.config.boxes_max {
+            let mut id = [0xff; 16];
+            id[..4].copy_from_slice(&number.to_be_bytes());
+            let ask = Ask {
+                launch_id: LaunchId(id),
+                body: id,
+                named: false,
+                shape: shape(),
+                budget_ms: 1_000,
+                hard_ms: 0,
+                idle_ms: 0,
+            };
+            if let Admit::Begin(sandbox) = self.core.handle_launch(now / 1_000, &ask, |_| ()) {
+                let started =
+                    self.core.handle_started(now / 1_000, sandbox.local, Steps::default());
+                debug_assert!(started.is_ok(), "nobody cancelled it");
+            }
+        }
+    }
+
     /// Slots that it has.
     #[must_use]
     pub const fn slots(&self) -> u32 {

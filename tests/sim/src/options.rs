@@ -47,6 +47,8 @@ pub struct Options {
     pub hog: f64,
     /// What goes wrong.
     pub faults: Vec<Fault>,
+    /// A planted bug: cancels are answered and not obeyed. The rules must notice.
+    pub cancels_lie: bool,
     /// Keep each attempt, for shares over time.
     pub trace: bool,
 }
@@ -77,6 +79,10 @@ pub enum What {
     Silent(f64),
     /// Machines crash; they come back empty when the fault ends.
     Crash(f64),
+    /// Machines are gone, and placers know their connections to be broken; the map and the feed may still name them.
+    Gone(f64),
+    /// Hosts are full of what no placer here started, and do not say so before their next heartbeat. They stay full.
+    Full(f64),
     /// hostd is killed at the begin and is back at the end; sandboxes live on.
     HostdDown(f64),
     /// Hosts and one placer do not reach each other.
@@ -116,6 +122,7 @@ impl Default for Options {
             map_ms: 1_000,
             hog: 0.0,
             faults: Vec::new(),
+            cancels_lie: false,
             trace: false,
         }
     }

@@ -7,7 +7,8 @@ use std::{
 };
 
 use placer_core::{
-    Adopter, CapacityTable, Dispatch, Launch, MapView, Report, sync::zeroed, table::words_for,
+    Adopted, Adopter, CapacityTable, Dispatch, Launch, MapView, Report, sync::zeroed,
+    table::words_for,
 };
 use wire::{CapacityWord, HostId, LaunchId, map::MapVersion, report::FailureReport};
 
@@ -70,20 +71,20 @@ impl SimPlacer {
         }
     }
 
-    /// A map was fetched; whether it was adopted (PROTOCOL 5.3: only a newer one is).
+    /// A map was fetched; what became of the table, if it was adopted (PROTOCOL 5.3: only a newer one is).
     ///
     /// # Panics
     /// If the map does not check, or the table is too small for it.
-    pub fn adopt(&mut self, file: &MapFile) -> Option<MapVersion> {
+    pub fn adopt(&mut self, file: &MapFile) -> Option<(MapVersion, Adopted)> {
         if self.map.as_ref().is_some_and(|map| file.0 <= map.version()) {
             return None;
         }
         let Ok(map) = MapView::open(Bytes(Rc::clone(file))) else { panic!("a map that checks") };
         let adopted = self.adopter.adopt(&self.table, self.map.as_ref(), &map);
-        assert!(adopted.is_ok(), "the table has room for every host");
+        let Ok(adopted) = adopted else { panic!("the table has room for every host") };
         let version = map.version();
         self.map = Some(map);
-        Some(version)
+        Some((version, adopted))
     }
 
     /// Words of the feed.

@@ -43,6 +43,7 @@ pub fn options(seed: u64) -> Options {
         map_ms: rng.random_range(500..3_000),
         hog: 0.0,
         faults,
+        cancels_lie: false,
         trace: false,
     };
     options.seconds = options.healed_s() as u64 + HEALED_S + SERVES_S;
@@ -74,8 +75,16 @@ fn fault(rng: &mut SmallRng) -> Fault {
 /// # Errors
 /// The rule that was broken, with the command that shows it again.
 pub fn check(seed: u64) -> Result<Outcome, String> {
-    let options = options(seed);
-    let outcome = fleet::run(&options);
+    check_run(&options(seed))
+}
+
+/// Runs a seed's run, perhaps with something changed.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_run(options: &Options) -> Result<Outcome, String> {
+    let seed = options.seed;
+    let outcome = fleet::run(options);
     let again = || format!("; again: cargo run -p tests-sim --release -- replay {seed}");
     if let Some(broken) = &outcome.broken {
         return Err(format!("seed {seed}: {broken}{}", again()));
