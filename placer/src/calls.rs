@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use quinn::{RecvStream, SendStream};
 use wire::{
-    Code, Fault, HostId,
+    Code, Fault, HostId, LaunchId,
     call::{Answer, Call, SandboxRecord},
     frame::Kind,
     limits::FRAME_BYTES_MAX,
@@ -22,7 +22,7 @@ use wire_net::{
     tls::Peer,
 };
 
-use crate::worker::Worker;
+use crate::{known::Found, pool::Held, worker::Worker};
 
 /// Longest wait for a connection to the host of a call.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -41,11 +41,14 @@ impl Worker {
         recv: RecvStream,
     ) -> Result<(), StreamLost> {
         let call = Call::from_bytes(bytes)?;
-        let answer = if let Some(host) = call.host() {
+        let answer = if let Call::Cancel { launch_id, host: HostId(0) } = call {
+            self.cancel_anywhere(launch_id, peer).await.unwrap_or_else(Answer::Fault)
+        } else if let Some(host) = call.host() {
             match self.pass_on(host, bytes, peer).await {
-                Ok((to_host, from_host)) => {
+                Ok((to_host, from_host, held)) => {
                     self.metrics.calls.inc();
                     stream::splice((send, recv), (to_host, from_host)).await;
+                    drop(held);
                     return Ok(());
                 }
                 Err(fault) => Answer::Fault(fault),
@@ -58,13 +61,41 @@ impl Worker {
         Ok(())
     }
 
+    /// Cancels a launch of which the caller does not know the host (PROTOCOL 6.14).
+    async fn cancel_anywhere(self: &Rc<Self>, id: LaunchId, peer: &Peer) -> Result<Answer, Fault> {
+        let tenant = peer.tenant().unwrap_or_default();
+        let mut found = self.known.find(id, tenant);
+        if let Found::Joined(reply) = found {
+            // Its outcome comes first: what is under way cannot be called back.
+            let _ = reply.await;
+            found = self.known.find(id, tenant);
+        }
+        let (known, cancelled) = match found {
+            Found::Cancelled => (true, Ok(())),
+            Found::At(host) => (true, self.cancel(id, tenant, host).await),
+            Found::Joined(_) | Found::Nothing => (false, self.cancel_named(id, tenant).await),
+        };
+        if let Err(fault) = cancelled {
+            let message = format!("launch {id} may run yet, the cancel was not answered: {fault}");
+            return Err(Fault::new(Code::Unknown, message));
+        }
+        if !known {
+            let message = format!(
+                "this placer does not know launch {id}; if it was named, it is cancelled on its home hosts"
+            );
+            return Err(Fault::new(Code::NotFound, message));
+        }
+        self.known.cancelled(id);
+        Ok(Answer::Done)
+    }
+
     /// Opens a stream to the host and sends the call there, in the peer's name.
     async fn pass_on(
         self: &Rc<Self>,
         host: HostId,
         call: &Bytes,
         peer: &Peer,
-    ) -> Result<(SendStream, RecvStream), Fault> {
+    ) -> Result<(SendStream, RecvStream, Held), Fault> {
         let unreachable = |why: &dyn std::fmt::Display| {
             Fault::new(Code::HostUnreachable, format!("host {host} was not reached: {why}"))
         };
@@ -74,6 +105,7 @@ impl Worker {
         })?;
         let got = self.pool.get(host, addr.into(), PATIENCE).await;
         let link = got.map_err(|fault| unreachable(&fault))?;
+        let held = link.hold();
         let (mut to_host, from_host) =
             link.connection.open_bi().await.map_err(|error| unreachable(&error))?;
         let asked = async {
@@ -82,7 +114,7 @@ impl Worker {
             stream::write_frame(&mut to_host, Kind::Call, call).await
         };
         asked.await.map_err(|lost| unreachable(&lost))?;
-        Ok((to_host, from_host))
+        Ok((to_host, from_host, held))
     }
 
     /// Answers a call that is no host's.
@@ -155,6 +187,7 @@ impl Worker {
         let addr = self.addr_of(host).ok_or_else(gone)?;
         let asked = async {
             let link = self.pool.get(host, addr.into(), PATIENCE).await?;
+            let _held = link.hold();
             stream::call_on_behalf(&link.connection, tenant, call).await
         };
         match tokio::time::timeout(ANSWER, asked).await.map_err(|_| gone())?? {

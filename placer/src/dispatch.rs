@@ -5,12 +5,11 @@
 
 use std::{rc::Rc, time::Duration};
 
-use bytes::Bytes;
 use futures::{FutureExt, future::LocalBoxFuture};
 use placer_core::{Launch, Outcome, Step};
 use wire::{
     Code, Fault, HostId, LaunchId, ShapeId,
-    call::{Answer, Call},
+    call::Call,
     launch::{LaunchHead, LaunchReply, LaunchRequest},
 };
 use wire_net::{
@@ -37,16 +36,17 @@ pub(crate) enum News {
 }
 
 /// A launch that was checked.
-pub(crate) struct Asked {
+pub(crate) struct Asked<'a> {
     pub(crate) id: LaunchId,
+    pub(crate) tenant: &'a str,
     pub(crate) shape: ShapeId,
     pub(crate) head: LaunchHead,
-    pub(crate) request: Bytes,
+    pub(crate) request: &'a [u8],
 }
 
-impl Asked {
+impl<'a> Asked<'a> {
     /// Checks a launch frame's payload, and that `peer` may ask for it.
-    pub(crate) fn check(payload: &Bytes, peer: &Peer) -> Result<Self, Fault> {
+    pub(crate) fn check(payload: &'a [u8], peer: &Peer) -> Result<Self, Fault> {
         let bad = |what: &str| Fault::new(Code::BadRequest, format!("{what}; nothing was started"));
         let (head, bytes) = LaunchHead::split(payload).map_err(|_| bad("not a launch"))?;
         let request = LaunchRequest::access(bytes).map_err(|_| bad("not a launch request"))?;
@@ -62,7 +62,7 @@ impl Asked {
             }
         }
         let id = LaunchId(request.launch_id.0);
-        Ok(Self { id, shape, head, request: payload.slice(LaunchHead::BYTES..) })
+        Ok(Self { id, tenant: request.tenant.as_str(), shape, head, request: bytes })
     }
 }
 
@@ -97,7 +97,7 @@ impl Ended {
 
 impl Worker {
     /// Carries a launch frame to its reply.
-    pub(crate) async fn launch(self: &Rc<Self>, payload: &Bytes, peer: &Peer) -> LaunchReply {
+    pub(crate) async fn launch(self: &Rc<Self>, payload: &[u8], peer: &Peer) -> LaunchReply {
         let asked = match Asked::check(payload, peer) {
             Ok(asked) => asked,
             Err(fault) => return self.denied(fault),
@@ -122,10 +122,10 @@ impl Worker {
     }
 
     /// Looks the id up; drives the launch if it is this thread's to drive.
-    async fn launch_once(self: &Rc<Self>, asked: &Asked) -> LaunchReply {
-        let digest = digest(&asked.request);
+    async fn launch_once(self: &Rc<Self>, asked: &Asked<'_>) -> LaunchReply {
+        let digest = digest(asked.request);
         let start = asked.head.budget_ms > 0;
-        let ended = match self.known.enter(asked.id, digest, start) {
+        let ended = match self.known.enter(asked.id, asked.tenant, digest, start) {
             Entered::New if asked.head.named => self.drive_named(asked).await,
             Entered::New => self.drive(asked).await,
             Entered::Pinned(host) => self.ask_pinned(asked, host).await,
@@ -137,6 +137,11 @@ impl Worker {
                 self.metrics.known.inc();
                 let gone = || Fault::new(Code::Unknown, "the placer stopped; ask again");
                 return reply.await.unwrap_or_else(|_| LaunchReply::Failed(gone()));
+            }
+            Entered::Cancelled => {
+                self.metrics.known.inc();
+                let message = "the launch was cancelled; nothing runs";
+                return LaunchReply::Failed(Fault::new(Code::Cancelled, message));
             }
             Entered::Conflict => {
                 let message = "another launch has this id; nothing was started";
@@ -162,10 +167,14 @@ impl Worker {
     }
 
     /// Drives a launch by the core's state machine.
-    async fn drive(self: &Rc<Self>, asked: &Asked) -> Ended {
+    async fn drive(self: &Rc<Self>, asked: &Asked<'_>) -> Ended {
         let budget_ms = asked.head.budget_ms;
-        let mut launch =
-            self.decide(|dispatch, _| Launch::new(self.now(), asked.shape, budget_ms, dispatch));
+        let began = self.now();
+        let picked = self.pick_from_store(asked.shape).await;
+        let mut launch = self.decide(|dispatch, _| match picked {
+            Some(picked) => Launch::with_pick(began, asked.shape, budget_ms, picked, dispatch),
+            None => Launch::new(began, asked.shape, budget_ms, dispatch),
+        });
         let mut flight: Option<LocalBoxFuture<'_, News>> = None;
         let mut last = HostId(0);
         loop {
@@ -177,7 +186,9 @@ impl Worker {
                     flight = Some(self.send(asked, host, budget_ms).boxed_local());
                 }
                 Step::Cancel { host } => {
-                    flight = Some(self.cancel(asked.id, host).boxed_local());
+                    let cancel = self.cancel(asked.id, "", host);
+                    let cancel = cancel.map(|done| News::Cancelled(done.is_ok()));
+                    flight = Some(cancel.boxed_local());
                 }
                 Step::Wait { until } => {
                     let until = self.instant(until);
@@ -212,7 +223,12 @@ impl Worker {
 
     /// Sends a launch to a host and waits for what becomes of it. A dial takes a part of the wait only, so that a host
     /// that does not answer dials is known as not reached rather than as silent.
-    pub(crate) async fn send(self: &Rc<Self>, asked: &Asked, host: HostId, budget_ms: u32) -> News {
+    pub(crate) async fn send(
+        self: &Rc<Self>,
+        asked: &Asked<'_>,
+        host: HostId,
+        budget_ms: u32,
+    ) -> News {
         let Some(addr) = self.addr_of(host) else {
             let message = format!("host {host} has left the map; nothing was sent");
             return News::NotSent(Fault::new(Code::HostUnreachable, message));
@@ -224,7 +240,7 @@ impl Worker {
         };
         let outstanding = link.outstanding();
         let head = LaunchHead { budget_ms, named: asked.head.named };
-        let reply = match link.lane.launch(head, &asked.request) {
+        let reply = match link.lane.launch(head, asked.request) {
             Ok(reply) => reply.await,
             Err(lost) => Err(lost),
         };
@@ -239,20 +255,24 @@ impl Worker {
         }
     }
 
-    async fn cancel(self: &Rc<Self>, launch_id: LaunchId, host: HostId) -> News {
-        let Some(addr) = self.addr_of(host) else { return News::Cancelled(false) };
-        let patience = Duration::from_secs(1);
-        let Ok(link) = self.pool.get(host, addr.into(), patience).await else {
-            return News::Cancelled(false);
-        };
+    /// Cancels a launch on a host, in a tenant's name: then it does not run there, and never will.
+    pub(crate) async fn cancel(
+        self: &Rc<Self>,
+        launch_id: LaunchId,
+        tenant: &str,
+        host: HostId,
+    ) -> Result<(), Fault> {
+        let addr = self.addr_of(host).ok_or_else(|| {
+            Fault::new(Code::HostUnreachable, format!("host {host} has left the map"))
+        })?;
+        let link = self.pool.get(host, addr.into(), Duration::from_secs(1)).await?;
         let _outstanding = link.outstanding();
         let call = Call::Cancel { launch_id, host };
-        let answer = stream::call_on_behalf(&link.connection, "", &call).await;
-        News::Cancelled(matches!(answer, Ok(Answer::Done)))
+        stream::call_on_behalf(&link.connection, tenant, &call).await.map(drop)
     }
 
     /// Asks the one host that may hold a launch of unknown outcome, until it answers or time is up.
-    async fn ask_pinned(self: &Rc<Self>, asked: &Asked, host: HostId) -> Ended {
+    async fn ask_pinned(self: &Rc<Self>, asked: &Asked<'_>, host: HostId) -> Ended {
         let given = Duration::from_millis(u64::from(asked.head.budget_ms));
         let deadline = tokio::time::Instant::now() + given.max(ASK_PINNED);
         let ended = match self.ask_until(asked, host, deadline).await {
@@ -274,7 +294,7 @@ impl Worker {
     /// Asks one host for a launch until there is a reply or time is up. The error says whether it was ever sent.
     pub(crate) async fn ask_until(
         self: &Rc<Self>,
-        asked: &Asked,
+        asked: &Asked<'_>,
         host: HostId,
         deadline: tokio::time::Instant,
     ) -> Result<LaunchReply, bool> {

@@ -60,6 +60,8 @@ pub(crate) struct FeedThread {
     metrics: FeedMetrics,
     sources: HashMap<u64, Source>,
     seq: u64,
+    /// Whether words are wanted at all.
+    pub(crate) subscribes: bool,
 }
 
 /// An aggregator as it is heard.
@@ -94,6 +96,7 @@ impl FeedThread {
             metrics,
             sources: HashMap::new(),
             seq: 0,
+            subscribes: true,
         })
     }
 
@@ -106,7 +109,8 @@ impl FeedThread {
             let unheard = self.unheard.load(Ordering::Acquire);
             let may_ask = asked.is_none_or(|at| now - at >= EVERYTHING_AGAIN);
             let wants = (heard != Some(unheard) || self.anyone_silent(now)) && may_ask;
-            if wants || renewed.is_none_or(|at| now - at >= RENEW) {
+            let due = wants || renewed.is_none_or(|at| now - at >= RENEW);
+            if due && self.subscribes {
                 let want = if wants { Subscribe::EVERYTHING } else { Subscribe::CHANGES };
                 self.subscribe(want);
                 renewed = Some(now);
@@ -122,7 +126,9 @@ impl FeedThread {
                 std::thread::sleep(TURN);
             }
         }
-        self.subscribe(Subscribe::END);
+        if self.subscribes {
+            self.subscribe(Subscribe::END);
+        }
     }
 
     fn anyone_silent(&self, now: Instant) -> bool {

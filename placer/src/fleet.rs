@@ -1,5 +1,10 @@
 //! What this machine knows of the fleet: the map in use, and the capacity table that follows it.
 //!
+//! The table holds the hosts that launches go to. In a fleet larger than the aperture these are a part of the map: the hosts
+//! whose hash with this placer's id is smallest. Each placer has another part, and keeps it over restarts; a host that leaves
+//! is replaced by one that was just outside. So connections stay warm, and a launch costs the same in a fleet of any size.
+//! Calls and named launches reach all hosts of the map.
+//!
 //! Both are published to the dispatching threads, which never wait for a swap. The table lives in a file that outlives
 //! the process: a restart knows at once what was free a moment ago. One process a directory adopts and hears the feed; it
 //! holds the lock file. Another placer needs a directory of its own for now (DESIGN.md).
@@ -15,8 +20,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use placer_core::{Adopter, CapacityTable, Published, map, table::words_for};
-use wire::{Code, Fault, limits::HOSTS_MAX, map::MapVersion};
+use placer_core::{
+    Adopted, Adopter, CapacityTable, MapView, Published, adopt::Full, map, table::words_for,
+};
+use wire::{Code, Fault, HostId, limits::HOSTS_MAX, map::MapVersion};
 
 use crate::{
     Map, Table,
@@ -44,11 +51,75 @@ pub struct Fleet {
 #[derive(Debug)]
 pub struct FleetKeeper {
     dir: PathBuf,
+    aperture: Aperture,
     fleet: Arc<Fleet>,
-    held: Arc<Map>,
+    held: Part,
     table: Arc<Table>,
     adopter: Adopter,
     _lock: File,
+}
+
+/// Which part of a large fleet a placer launches on.
+#[derive(Clone, Copy, Debug)]
+pub struct Aperture {
+    /// Whose part.
+    pub placer: u64,
+    /// Hosts of it.
+    pub hosts: usize,
+}
+
+/// The hosts that the table holds: all of a map, or some.
+#[derive(Debug)]
+enum Part {
+    All(Arc<Map>),
+    Some(MapView<Vec<u8>>),
+}
+
+impl Aperture {
+    /// This placer's part of a map.
+    fn part(self, map: &Arc<Map>) -> Part {
+        if map.len() <= self.hosts {
+            return Part::All(Arc::clone(map));
+        }
+        let weight = |host: HostId| {
+            // Fibonacci mixing of two random numbers: every placer sorts the hosts in another way.
+            let mixed = (host.0 ^ self.placer.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+        };
+        let mut weights: Vec<_> = map.ids().enumerate().map(|(at, id)| (weight(id), at)).collect();
+        weights.select_nth_unstable(self.hosts - 1);
+        weights.truncate(self.hosts);
+        let mut chosen: Vec<usize> = weights.into_iter().map(|(_, at)| at).collect();
+        chosen.sort_unstable();
+        let hosts: Vec<_> = chosen.into_iter().map(|at| (map.id(at), map.addr(at))).collect();
+        let some = MapView::open(map::encode(map.version(), &hosts));
+        // What was just encoded opens; should it not, all hosts do.
+        some.map_or_else(|_| Part::All(Arc::clone(map)), Part::Some)
+    }
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        match self {
+            Self::All(map) => map.len(),
+            Self::Some(map) => map.len(),
+        }
+    }
+}
+
+/// Makes the table's hosts those of `new`, knowing that they were those of `old`.
+fn adopt_part(
+    adopter: &mut Adopter,
+    table: &Table,
+    old: &Part,
+    new: &Part,
+) -> Result<Adopted, Full> {
+    match (old, new) {
+        (Part::All(old), Part::All(new)) => adopter.adopt(table, Some(&**old), new),
+        (Part::All(old), Part::Some(new)) => adopter.adopt(table, Some(&**old), new),
+        (Part::Some(old), Part::All(new)) => adopter.adopt(table, Some(old), new),
+        (Part::Some(old), Part::Some(new)) => adopter.adopt(table, Some(old), new),
+    }
 }
 
 impl FleetKeeper {
@@ -56,7 +127,7 @@ impl FleetKeeper {
     ///
     /// # Errors
     /// [`Code::Busy`] if another process keeps this directory, [`Code::Config`] if it cannot be written.
-    pub fn open(dir: &Path, map: Option<Arc<Map>>) -> Result<Self, Fault> {
+    pub fn open(dir: &Path, aperture: Aperture, map: Option<Arc<Map>>) -> Result<Self, Fault> {
         let no_dir = |error: &io::Error| {
             let message = format!("the state directory {}: {error}", dir.display());
             Fault::new(Code::Config, message)
@@ -74,8 +145,9 @@ impl FleetKeeper {
             unheard: Arc::default(),
         });
         let adopter = Adopter::new(&table);
-        let mut keeper =
-            Self { dir: dir.to_owned(), fleet, held: empty, table, adopter, _lock: lock };
+        let held = Part::All(empty);
+        let dir = dir.to_owned();
+        let mut keeper = Self { dir, aperture, fleet, held, table, adopter, _lock: lock };
         if let Some(map) = map {
             keeper.adopt(map).map_err(|error| no_dir(&error))?;
         }
@@ -100,13 +172,15 @@ impl FleetKeeper {
     /// A bigger table was needed and its file could not be made: the new map is in use, new hosts are not picked.
     pub fn adopt(&mut self, map: Arc<Map>) -> io::Result<()> {
         self.fleet.map.replace(Arc::clone(&map));
-        let old = std::mem::replace(&mut self.held, Arc::clone(&map));
-        let known = Some(&*old);
-        let adopted = if let Ok(adopted) = self.adopter.adopt(&self.table, known, &map) {
+        let part = self.aperture.part(&map);
+        let old = std::mem::replace(&mut self.held, part);
+        let adopted = adopt_part(&mut self.adopter, &self.table, &old, &self.held);
+        let adopted = if let Ok(adopted) = adopted {
             adopted
         } else {
-            self.grow(map.len())?;
-            self.adopter.adopt(&self.table, known, &map).map_err(io::Error::other)?
+            self.grow(self.held.len())?;
+            adopt_part(&mut self.adopter, &self.table, &old, &self.held)
+                .map_err(io::Error::other)?
         };
         if adopted.added > 0 {
             self.fleet.unheard.fetch_add(1, Ordering::Release);

@@ -1,13 +1,14 @@
 //! Launches by id: those under way, and those that ended a moment ago.
 //!
 //! The same id again, over whatever connection, joins the launch under way or gets the same answer; it never starts a
-//! second one. A launch of unknown outcome stays pinned to its host. What failed is forgotten at once, so that
-//! it may be tried again. The table is bounded: each thread drops its oldest ended entries, and a launch dropped here is
+//! second one. A launch of unknown outcome stays pinned to its host, and a cancelled one stays cancelled. What failed is
+//! forgotten at once, so that it may be tried again. The table is bounded: each thread drops its oldest ended entries, and a launch dropped here is
 //! still known to its host.
 
 use std::{
     cell::RefCell,
     collections::{VecDeque, hash_map::RandomState},
+    hash::BuildHasher,
     sync::Arc,
 };
 
@@ -34,6 +35,8 @@ pub(crate) fn digest(request: &[u8]) -> BodyDigest {
 #[derive(Debug)]
 struct Launch {
     digest: BodyDigest,
+    /// Hash of the tenant's name: others do not find it.
+    tenant: u64,
     stage: Stage,
 }
 
@@ -43,6 +46,7 @@ enum Stage {
     Started(Box<Started>),
     /// It may run there or not: no other host may get it.
     Pinned(HostId),
+    Cancelled,
 }
 
 /// What is known of an id that comes in.
@@ -56,11 +60,22 @@ pub(crate) enum Entered {
     Started(Started),
     /// Ask this host only. It is under way now, and ends with [`KnownHere::leave`].
     Pinned(HostId),
+    /// It was cancelled.
+    Cancelled,
     /// Another body has this id.
     Conflict,
     /// Too many wait for it.
     Crowded,
     /// Nothing, and nothing was asked to be started.
+    Nothing,
+}
+
+/// What is known of a launch that is to be cancelled.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Joined(oneshot::Receiver<LaunchReply>),
+    At(HostId),
+    Cancelled,
     Nothing,
 }
 
@@ -93,13 +108,20 @@ impl KnownHere {
     }
 
     /// A launch comes in; with `start`, one that is not known is under way from now on.
-    pub(crate) fn enter(&self, id: LaunchId, digest: BodyDigest, start: bool) -> Entered {
+    pub(crate) fn enter(
+        &self,
+        id: LaunchId,
+        tenant: &str,
+        digest: BodyDigest,
+        start: bool,
+    ) -> Entered {
         match self.all.launches.entry(id) {
             Entry::Vacant(vacant) => {
                 if !start {
                     return Entered::Nothing;
                 }
-                vacant.insert(Launch { digest, stage: Stage::UnderWay(Vec::new()) });
+                let tenant = self.hash(tenant);
+                vacant.insert(Launch { digest, tenant, stage: Stage::UnderWay(Vec::new()) });
                 Entered::New
             }
             Entry::Occupied(mut occupied) => {
@@ -109,6 +131,7 @@ impl KnownHere {
                 }
                 match &mut launch.stage {
                     Stage::Started(started) => Entered::Started(**started),
+                    Stage::Cancelled => Entered::Cancelled,
                     Stage::Pinned(host) => {
                         let host = *host;
                         launch.stage = Stage::UnderWay(Vec::new());
@@ -127,16 +150,22 @@ impl KnownHere {
 
     /// A launch that was under way has ended; those who joined get its reply.
     pub(crate) fn leave(&self, id: LaunchId, left: Left, reply: &LaunchReply) {
-        let Entry::Occupied(mut occupied) = self.all.launches.entry(id) else { return };
         let remembered = match left {
             Left::Started(started) => Some(Stage::Started(Box::new(started))),
             Left::Pinned(host) => Some(Stage::Pinned(host)),
             Left::Failed => None,
         };
         let kept = remembered.is_some();
+        // No guard is held beyond this: dropping an old entry below may want the same shard.
         let stage = match remembered {
-            Some(stage) => std::mem::replace(&mut occupied.get_mut().stage, stage),
-            None => occupied.remove().stage,
+            Some(stage) => {
+                let Some(mut launch) = self.all.launches.get_mut(&id) else { return };
+                std::mem::replace(&mut launch.stage, stage)
+            }
+            None => match self.all.launches.remove(&id) {
+                Some((_, launch)) => launch.stage,
+                None => return,
+            },
         };
         if let Stage::UnderWay(joined) = stage {
             for waiting in joined {
@@ -146,6 +175,37 @@ impl KnownHere {
         }
         if kept {
             self.remember(id);
+        }
+    }
+
+    fn hash(&self, tenant: &str) -> u64 {
+        self.all.launches.hasher().hash_one(tenant)
+    }
+
+    /// Looks for a launch that `tenant` (an operator, if empty) wants to cancel.
+    pub(crate) fn find(&self, id: LaunchId, tenant: &str) -> Found {
+        let Some(mut launch) = self.all.launches.get_mut(&id) else { return Found::Nothing };
+        if !tenant.is_empty() && launch.tenant != self.hash(tenant) {
+            return Found::Nothing;
+        }
+        match &mut launch.stage {
+            Stage::UnderWay(joined) => {
+                let (sender, receiver) = oneshot::channel();
+                joined.push(sender);
+                Found::Joined(receiver)
+            }
+            Stage::Started(started) => Found::At(started.sandbox.host),
+            Stage::Pinned(host) => Found::At(*host),
+            Stage::Cancelled => Found::Cancelled,
+        }
+    }
+
+    /// A launch was cancelled where it was: the same id again is told so.
+    pub(crate) fn cancelled(&self, id: LaunchId) {
+        if let Some(mut launch) = self.all.launches.get_mut(&id)
+            && !matches!(launch.stage, Stage::UnderWay(_))
+        {
+            launch.stage = Stage::Cancelled;
         }
     }
 
@@ -180,36 +240,52 @@ mod tests {
     #[test]
     fn a_repeated_id_joins_and_gets_the_same_reply() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
-        assert!(matches!(known.enter(ID, [2; 16], true), Entered::Conflict));
-        let Entered::Joined(mut joined) = known.enter(ID, [1; 16], false) else { panic!() };
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, "acme", [2; 16], true), Entered::Conflict));
+        let Entered::Joined(mut joined) = known.enter(ID, "acme", [1; 16], false) else { panic!() };
         known.leave(ID, Left::Failed, &failed());
         assert_eq!(joined.try_recv().unwrap(), failed());
-        assert!(matches!(known.enter(ID, [2; 16], true), Entered::New), "what failed is forgotten");
+        assert!(
+            matches!(known.enter(ID, "acme", [2; 16], true), Entered::New),
+            "what failed is forgotten"
+        );
     }
 
     #[test]
     fn a_launch_that_nobody_knows_is_not_started_by_asking() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, [1; 16], false), Entered::Nothing));
-        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, "acme", [1; 16], false), Entered::Nothing));
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
     }
 
     #[test]
     fn an_unknown_launch_stays_on_its_host() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
         known.leave(ID, Left::Pinned(HostId(3)), &failed());
-        assert!(matches!(known.enter(ID, [1; 16], false), Entered::Pinned(HostId(3))));
-        assert!(matches!(known.enter(ID, [1; 16], true), Entered::Joined(_)));
+        assert!(matches!(known.enter(ID, "acme", [1; 16], false), Entered::Pinned(HostId(3))));
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::Joined(_)));
+    }
+
+    #[test]
+    fn a_cancelled_launch_is_told_so_and_others_do_not_find_it() {
+        let known = known(8);
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
+        known.leave(ID, Left::Pinned(HostId(3)), &failed());
+        assert!(matches!(known.find(ID, "other"), Found::Nothing));
+        assert!(matches!(known.find(ID, ""), Found::At(HostId(3))));
+        assert!(matches!(known.find(ID, "acme"), Found::At(HostId(3))));
+        known.cancelled(ID);
+        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::Cancelled));
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
         let known = known(2);
-        for at in 0..10u8 {
+        // More than there are shards, so that some are met twice.
+        for at in 0..=u8::MAX {
             let id = LaunchId([at; 16]);
-            assert!(matches!(known.enter(id, [1; 16], true), Entered::New));
+            assert!(matches!(known.enter(id, "acme", [1; 16], true), Entered::New));
             known.leave(id, Left::Pinned(HostId(1)), &failed());
         }
         assert_eq!(known.all.launches.len(), 2);

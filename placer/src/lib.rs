@@ -12,6 +12,7 @@ pub mod fleet;
 mod front;
 mod known;
 pub mod loader;
+mod lookup;
 pub mod mapped;
 pub mod metrics;
 mod named;

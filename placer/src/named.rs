@@ -57,7 +57,7 @@ fn homes(map: &Map, id: LaunchId) -> Vec<HostId> {
 
 impl Worker {
     /// Drives a named launch: home by home, on only after an answer that it does not run there.
-    pub(crate) async fn drive_named(self: &Rc<Self>, asked: &Asked) -> Ended {
+    pub(crate) async fn drive_named(self: &Rc<Self>, asked: &Asked<'_>) -> Ended {
         let homes = self.with_map(|map| homes(map, asked.id));
         let budget = Duration::from_millis(u64::from(asked.head.budget_ms));
         let deadline = tokio::time::Instant::now() + budget;
@@ -104,5 +104,24 @@ impl Worker {
                 format!("none of its {refused} home hosts has room; nothing was started"),
             ),
         }
+    }
+}
+
+impl Worker {
+    /// Cancels a named launch wherever it may be. Another tenant's is not found, and left as it is.
+    pub(crate) async fn cancel_named(
+        self: &Rc<Self>,
+        id: LaunchId,
+        tenant: &str,
+    ) -> Result<(), Fault> {
+        let homes = self.with_map(|map| homes(map, id));
+        let cancels = homes.iter().map(|host| self.cancel(id, tenant, *host));
+        let results = futures::future::join_all(cancels).await;
+        let not_here = |fault: &Fault| fault.code == Code::SandboxNotFound;
+        results
+            .into_iter()
+            .filter_map(Result::err)
+            .find(|fault| !not_here(fault))
+            .map_or(Ok(()), Err)
     }
 }

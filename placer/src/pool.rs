@@ -1,10 +1,11 @@
 //! Warm connections to hosts, one thread's own.
 //!
 //! A host is dialled when something first goes there; those who come meanwhile wait for the same dial. A host that cannot
-//! be reached rests, longer with each failure. A connection on which something is outstanding and not even an
-//! acknowledgement comes in is given up after [`DEAF`]: what was on it is then of unknown outcome, asked again over a
-//! fresh connection, and what comes after it is not sent to a dead host at all. Above the bound the connections idle for
-//! longest are closed; their hosts' session tickets are kept by the endpoint, so that a dial of one of them is cheaper.
+//! be reached rests, longer with each failure. A connection on which something is outstanding and nothing comes in is
+//! probed after [`PROBE`] and given up after [`DEAF`], if not even an acknowledgement came: what was on it is then of unknown
+//! outcome, asked again over a fresh connection, and what comes after it is not sent to a dead host at all. A host that
+//! is merely slow acknowledges the probe. Above the bound the connections idle for longest are closed; their hosts'
+//! session tickets are kept by the endpoint, so that a dial of one of them is cheaper.
 
 use std::{
     cell::{Cell, RefCell},
@@ -19,10 +20,10 @@ use futures::{
     future::{LocalBoxFuture, Shared},
 };
 use quinn::{Connection, Endpoint};
-use wire::{Code, Fault, HostId};
+use wire::{Code, Fault, HostId, call::Call};
 use wire_net::{
     lane::Lane,
-    quic,
+    quic, stream,
     tls::{Identity, Peer},
 };
 
@@ -33,8 +34,10 @@ const DIAL: Duration = Duration::from_secs(1);
 /// First rest of a host that was not reached, and the longest.
 const REST: Duration = Duration::from_millis(100);
 const REST_MAX: Duration = Duration::from_secs(2);
-/// So long without any packet, although something is outstanding: acknowledgements alone come within milliseconds.
-const DEAF: Duration = Duration::from_millis(500);
+/// So long without any packet although something is outstanding: then something is sent that must be acknowledged.
+const PROBE: Duration = Duration::from_millis(250);
+/// And so long in all until the connection is given up. Acknowledgements come within milliseconds.
+const DEAF: Duration = Duration::from_millis(750);
 
 type Dial = Shared<LocalBoxFuture<'static, Result<Rc<Link>, Fault>>>;
 
@@ -45,9 +48,16 @@ pub(crate) struct Link {
     pub(crate) lane: Lane,
     addr: SocketAddr,
     outstanding: Cell<u32>,
+    /// Streams that are passed through: they may be silent for hours.
+    held: Cell<u32>,
     used: Cell<Instant>,
     heard: Cell<(u64, Instant)>,
+    probed: Cell<bool>,
 }
+
+/// A stream of the link is in use for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Held(Rc<Link>);
 
 /// Something is outstanding on a link for as long as this lives.
 #[derive(Debug)]
@@ -58,9 +68,20 @@ impl Link {
     pub(crate) fn outstanding(self: &Rc<Self>) -> Outstanding {
         if self.outstanding.get() == 0 {
             self.heard.set((self.received(), Instant::now()));
+            self.probed.set(false);
         }
         self.outstanding.set(self.outstanding.get() + 1);
         Outstanding(Rc::clone(self))
+    }
+
+    /// A stream is passed through.
+    pub(crate) fn hold(self: &Rc<Self>) -> Held {
+        self.held.set(self.held.get() + 1);
+        Held(Rc::clone(self))
+    }
+
+    fn is_idle(&self) -> bool {
+        self.outstanding.get() == 0 && self.held.get() == 0
     }
 
     fn received(&self) -> u64 {
@@ -71,6 +92,7 @@ impl Link {
         self.connection.close_reason().is_none() && self.lane.is_open()
     }
 
+    /// Whether the host is gone as far as can be told; sends a probe before it says so.
     fn is_deaf(&self, now: Instant) -> bool {
         if self.outstanding.get() == 0 {
             return false;
@@ -79,9 +101,22 @@ impl Link {
         let newest = self.received();
         if newest != received {
             self.heard.set((newest, now));
+            self.probed.set(false);
             return false;
         }
-        now.saturating_duration_since(since) >= DEAF
+        let silent = now.saturating_duration_since(since);
+        if silent >= PROBE && !self.probed.replace(true) {
+            let connection = self.connection.clone();
+            tokio::task::spawn_local(async move { stream::call(&connection, &Call::Ping).await });
+        }
+        silent >= DEAF
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.set(self.0.held.get() - 1);
+        self.0.used.set(Instant::now());
     }
 }
 
@@ -209,6 +244,8 @@ impl Pool {
                     lane,
                     addr,
                     outstanding: Cell::new(0),
+                    held: Cell::new(0),
+                    probed: Cell::new(false),
                     used: Cell::new(now),
                     heard: Cell::new((0, now)),
                 });
@@ -239,7 +276,7 @@ impl Pool {
                 }
                 let alive = link.is_alive();
                 open += usize::from(alive);
-                if alive && link.outstanding.get() == 0 {
+                if alive && link.is_idle() {
                     idle.push((link.used.get(), *host));
                 }
                 alive

@@ -24,9 +24,9 @@ use wire_net::{
 };
 
 use crate::{
-    Config,
+    Config, Lookup,
     feed::{FeedThread, REPORTS_WAITING_MAX},
-    fleet::FleetKeeper,
+    fleet::{Aperture, FleetKeeper},
     front,
     known::Known,
     loader::{Loader, NotTaken, Refresh},
@@ -52,15 +52,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Fault> {
         let message = format!("{} is the identity of {}", config.identity.display(), identity.peer);
         return Err(Fault::new(Code::Config, message));
     };
-    let store = objects::open(&config.objects)?;
-    let loader = Loader::new(store, &config.state);
-    let keeper = FleetKeeper::open(&config.state, loader.held().cloned())?;
+    let objects = objects::open(&config.objects)?;
+    let store = match (config.lookup, &config.store) {
+        (Lookup::Store, Some(url)) => Some(heartbeat::store::open(url).await?),
+        _ => None,
+    };
+    let loader = Loader::new(objects, &config.state);
+    let aperture = Aperture { placer, hosts: config.aperture };
+    let keeper = FleetKeeper::open(&config.state, aperture, loader.held().cloned())?;
     let mut registry = Registry::default();
     let shared = Arc::new(Shared {
         identity,
         fleet: Arc::clone(keeper.fleet()),
         known: Arc::new(Known::default()),
         reports: Arc::new(ArrayQueue::new(REPORTS_WAITING_MAX)),
+        store,
         config,
     });
     let ready = Ready::default();
@@ -128,7 +134,10 @@ fn feed_thread(
         Fault::new(Code::Config, "the identity has no beat.key: issue it again for a placer")
     })?;
     let reports = Arc::clone(&shared.reports);
-    Ok(Some(FeedThread::bind(placer, keys, aggregators, &shared.fleet, reports, metrics)?))
+    let mut feed = FeedThread::bind(placer, keys, aggregators, &shared.fleet, reports, metrics)?;
+    // With the store at hand, it sends reports only.
+    feed.subscribes = shared.config.lookup == Lookup::Feed;
+    Ok(Some(feed))
 }
 
 /// Starts the dispatching threads; returns the address that they share once all listen.

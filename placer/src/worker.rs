@@ -11,7 +11,9 @@ use std::{
 };
 
 use crossbeam::queue::ArrayQueue;
+use heartbeat::store::Store;
 use placer_core::{Dispatch, Micros, Reader, Report};
+use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use wire::{HostId, map::HostAddr};
 use wire_net::tls::Identity;
 
@@ -36,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) fleet: Arc<Fleet>,
     pub(crate) known: Arc<Known>,
     pub(crate) reports: Arc<ArrayQueue<Report>>,
+    /// With `lookup = "store"`.
+    pub(crate) store: Option<Arc<dyn Store>>,
 }
 
 /// One thread's own.
@@ -48,6 +52,7 @@ pub(crate) struct Worker {
     map: RefCell<Reader<Map>>,
     table: RefCell<Reader<Table>>,
     dispatch: RefCell<Dispatch>,
+    rng: RefCell<SmallRng>,
     start: Instant,
 }
 
@@ -64,6 +69,7 @@ impl Worker {
             map: RefCell::new(shared.fleet.map.reader()),
             table: RefCell::new(shared.fleet.table.reader()),
             dispatch: RefCell::new(Dispatch::new(config.policy(), seed)),
+            rng: RefCell::new(SmallRng::seed_from_u64(!seed)),
             start: Instant::now(),
             metrics,
             shared,
@@ -85,6 +91,11 @@ impl Worker {
     #[inline]
     pub(crate) fn decide<T>(&self, decide: impl FnOnce(&mut Dispatch, &Table) -> T) -> T {
         decide(&mut self.dispatch.borrow_mut(), self.table.borrow_mut().get())
+    }
+
+    /// A random number.
+    pub(crate) fn draw(&self) -> u32 {
+        self.rng.borrow_mut().next_u32()
     }
 
     /// Looks at the map in use.

@@ -1,5 +1,7 @@
 //! Launches through real placers to scripted hosts: outcomes, retries, and at most one sandbox a launch id.
 
+#![allow(clippy::unwrap_used, reason = "outside of test functions as well")]
+
 mod house;
 
 use std::time::{Duration, Instant};
@@ -290,6 +292,63 @@ async fn a_repeated_id_at_one_placer_is_one_sandbox_even_if_nobody_named_it() {
     let reply = wire_net::stream::launch(&connection, ask, &stranger.to_bytes()).await.unwrap();
     let wire::launch::LaunchReply::Failed(fault) = reply else { panic!("{reply:?}") };
     assert_eq!((fault.code, house.running(stranger.launch_id)), (Code::Unknown, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_launch_does_not_run_and_will_not() {
+    let mut house = House::new("cancel", 3).await;
+    let (addr, _) = house.placer(1, |_| {}).await;
+    let client = house.ready_client("acme", vec![addr]).await;
+    let launched = client.launch_timed(spec()).await.unwrap();
+    let id = launched.launch_id;
+    let stranger = house.client("other", vec![addr]).await;
+    assert_eq!(stranger.cancel(id).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(house.running(id), 1, "another tenant's launch is not found");
+    client.cancel(id).await.unwrap();
+    assert_eq!(house.running(id), 0);
+    client.cancel(id).await.unwrap();
+    // One that is not known anywhere: cancelled before it comes.
+    let named = spec().named();
+    let id = named.given_id().unwrap();
+    assert_eq!(client.cancel(id).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(client.launch(named).await.unwrap_err().code(), Code::Cancelled);
+    assert_eq!(house.running(id), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_goes_dark_takes_only_what_was_on_its_way() {
+    let mut house = House::new("dark", 2).await;
+    let dark = wire::HostId(77);
+    let mortal = house.add_mortal_host(dark, 500);
+    let version = wire::map::MapVersion { epoch: 1, version: 2 };
+    house::publish(&*house.store, version, &house.addresses()).await;
+    let (addr, _) = house.placer(1, |_| {}).await;
+    let client = house.ready_client("acme", vec![addr]).await;
+    // Until the placer has a connection to it.
+    until_async("a launch on it", async || {
+        client.launch(spec()).await.is_ok_and(|sandbox| sandbox.id().host == dark)
+    })
+    .await;
+    mortal.shutdown_background();
+    let burst = (0..40).map(|_| client.launch_timed(spec().budget(Duration::from_secs(4))));
+    for launched in futures::future::join_all(burst).await {
+        match launched {
+            Ok(launched) => assert_eq!(house.running(launched.launch_id), 1),
+            Err(error) => assert!(error.is_unknown(), "{error}"),
+        }
+    }
+    // By now it is known: a dial fails, nothing is sent, another host has it.
+    for _ in 0..20 {
+        assert_ne!(client.launch(spec()).await.unwrap().id().host, dark);
+    }
+}
+
+/// As [`until`], for what must be asked.
+async fn until_async(what: &str, is_so: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "no {what} within ten seconds");
+    }
 }
 
 /// Waits until something is so, for ten seconds at most.

@@ -1,5 +1,7 @@
 //! The map loader against bad maps (FAULTS M1, M2): whatever is offered, the last good map stays.
 
+#![allow(clippy::unwrap_used, reason = "outside of test functions as well")]
+
 mod house;
 
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use object_store::{
     memory::InMemory, path::Path,
 };
 use placer::{
-    fleet::FleetKeeper,
+    fleet::{Aperture, FleetKeeper},
     loader::{Loader, NotTaken, Refresh},
 };
 use wire::map::{HEAD_BYTES_MAX, Head, MapVersion, path as names};
@@ -264,11 +266,12 @@ async fn the_table_follows_the_map_grows_and_survives() {
     let mut setup = setup(40).await;
     let state = tempfile::tempdir().unwrap();
     let held = setup.loader.held().cloned();
-    let mut keeper = FleetKeeper::open(state.path(), held.clone()).unwrap();
+    let all = Aperture { placer: 1, hosts: 1 << 20 };
+    let mut keeper = FleetKeeper::open(state.path(), all, held.clone()).unwrap();
     let word = wire::CapacityWord::new([7; 4], 0, wire::Stamp::of(wire::Seq(3)));
     let host = hosts(1)[0].0;
     assert!(keeper.table().feed(host, word));
-    let busy = FleetKeeper::open(state.path(), None).unwrap_err();
+    let busy = FleetKeeper::open(state.path(), all, None).unwrap_err();
     assert_eq!(busy.code, wire::Code::Busy);
     publish(&*setup.store, version(2, 6), &hosts(10_000)).await;
     let Refresh::Newer { map, .. } = setup.loader.refresh().await.unwrap() else { panic!() };
@@ -277,6 +280,34 @@ async fn the_table_follows_the_map_grows_and_survives() {
     assert_eq!(keeper.table().live(), 10_000);
     assert_eq!(table.get().get(host).unwrap().0, Some(word), "words move with the table");
     drop((keeper, table));
-    let again = FleetKeeper::open(state.path(), Some(map)).unwrap();
+    let again = FleetKeeper::open(state.path(), all, Some(map)).unwrap();
     assert_eq!(again.table().get(host).unwrap().0, Some(word), "and outlive the process");
+}
+
+#[tokio::test]
+async fn a_large_fleet_is_launched_on_in_part_and_each_placer_has_another() {
+    let mut setup = setup(1_000).await;
+    let map = setup.loader.held().cloned().unwrap();
+    let part_of = |placer, map| {
+        let state = tempfile::tempdir().unwrap();
+        let aperture = Aperture { placer, hosts: 200 };
+        let keeper = FleetKeeper::open(state.path(), aperture, Some(map)).unwrap();
+        let table = keeper.table();
+        let hosts: std::collections::BTreeSet<_> =
+            (0..table.len()).filter_map(|slot| table.at(slot)).map(|(host, _)| host).collect();
+        hosts
+    };
+    let (ours, theirs) = (part_of(1, Arc::clone(&map)), part_of(2, Arc::clone(&map)));
+    assert_eq!((ours.len(), theirs.len()), (200, 200));
+    // Two random fifths share a fifth of themselves: 40, give or take.
+    let both = ours.intersection(&theirs).count();
+    assert!((15..70).contains(&both), "{both}");
+    // A tenth of the fleet leaves: nine tenths of the part stay.
+    publish(&*setup.store, version(2, 6), &hosts(1_000)[100..]).await;
+    let Refresh::Newer { map, .. } = setup.loader.refresh().await.unwrap() else { panic!() };
+    let after = part_of(1, map);
+    let gone: std::collections::BTreeSet<_> = hosts(100).into_iter().map(|(id, _)| id).collect();
+    let stayed = ours.difference(&gone).collect::<Vec<_>>();
+    assert_eq!(after.len(), 200);
+    assert!(stayed.into_iter().all(|host| after.contains(host)));
 }

@@ -15,7 +15,7 @@ use std::{
 
 use quinn::{Connection, Endpoint};
 use wire::{
-    Code, Fault, HostId, SandboxId,
+    Code, Fault, HostId, LaunchId, SandboxId,
     call::{Answer, Call, HostRecord, SandboxRecord},
     limits::BUDGET_MS_DEFAULT,
     seal::Role,
@@ -231,6 +231,30 @@ impl Client {
     /// [`CallError`].
     pub async fn resume_host(&self, host: HostId) -> Result<(), CallError> {
         self.ask_done(&Call::Undrain(host)).await
+    }
+
+    /// Ends a launch, whether it has started or not, and sees to it that it never starts: one of unknown outcome
+    /// ([`crate::LaunchError::Unknown`]), or one whose future was dropped.
+    ///
+    /// # Errors
+    /// [`CallError`]: it may run yet. With [`Code::NotFound`] no placer knows it; of a named launch that means that it is
+    /// cancelled on its home hosts.
+    pub async fn cancel(&self, launch: LaunchId) -> Result<(), CallError> {
+        let call = Call::Cancel { launch_id: launch, host: HostId(0) };
+        let mut last = None;
+        // One of the placers has it, unless it is named: that one decides.
+        for at in 0..self.inner.links.len() {
+            let answer = match self.open_to(at).await {
+                Ok(open) => stream::call(&open.connection, &call).await,
+                Err(fault) => Err(fault),
+            };
+            match answer {
+                Ok(_) => return Ok(()),
+                Err(fault) if last.is_some() && fault.code == Code::NotFound => {}
+                Err(fault) => last = Some(fault),
+            }
+        }
+        Err(last.map_or_else(|| CallError::lost("no placer was asked"), CallError))
     }
 
     /// Asks a placer for a sign of life.

@@ -149,6 +149,11 @@ impl Host {
         match call {
             Call::Cancel { launch_id, .. } => {
                 let mut launches = self.launches.lock().unwrap();
+                let tenants = self.tenants.lock().unwrap();
+                let foreign = |(id, owner): &(LaunchId, String)| id == launch_id && owner != tenant;
+                if !tenant.is_empty() && tenants.values().any(foreign) {
+                    return Answer::Fault(Fault::new(Code::SandboxNotFound, "no such launch"));
+                }
                 self.cancelled.lock().unwrap().push(*launch_id);
                 if let Some((_, LaunchReply::Started(_))) = launches.remove(launch_id) {
                     self.started.fetch_sub(1, Ordering::SeqCst);
@@ -292,6 +297,19 @@ impl House {
         }
         publish(&*house.store, MapVersion { epoch: 1, version: 1 }, &house.addresses()).await;
         house
+    }
+
+    /// A host on a runtime of its own: when that is dropped, the host is gone without a word.
+    pub fn add_mortal_host(&mut self, id: HostId, free: u16) -> tokio::runtime::Runtime {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let guard = runtime.enter();
+        self.add_host(id, free);
+        drop(guard);
+        runtime
     }
 
     pub fn add_host(&mut self, id: HostId, free: u16) {
