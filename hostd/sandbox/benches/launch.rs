@@ -248,6 +248,14 @@ fn cpu_of(pid: u32) -> u64 {
     ticks * 10_000
 }
 
+fn held_by(pid: u32) -> String {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count();
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let memory = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap_or("?");
+    format!("{fds} descriptors, {mounts} mounts, {} resident", memory.trim())
+}
+
 fn lives(
     spawner: &Spawner,
     mut events: hostd_sandbox::Events,
@@ -256,6 +264,7 @@ fn lives(
 ) {
     let lives = number("VOLLEY_LIVES", 2000);
     println!("whole lives (claim, run, reap, refill), {lives} of them");
+    let before = held_by(spawner.pid());
     for in_flight in [1, 4, 8, 16] {
         let start = Instant::now();
         let (spawner_before, ours_before) = (cpu_of(spawner.pid()), cpu_of(std::process::id()));
@@ -295,6 +304,7 @@ fn lives(
             each(cpu_of(std::process::id()) - ours_before)
         );
     }
+    println!("  spawner: {before} before, {} after", held_by(spawner.pid()));
     let program = root.join("tiny");
     let start = Instant::now();
     std::thread::scope(|scope| {

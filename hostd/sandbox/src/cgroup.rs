@@ -218,6 +218,9 @@ fn delegate(base: &Path, leaf: &Path) -> io::Result<()> {
 pub(crate) struct Group {
     dirs: Dirs,
     oom_kills_before: u64,
+    /// What was last set: a recycled group of the same shape needs no write.
+    limits: Option<GroupLimits>,
+    was_frozen: bool,
 }
 
 #[derive(Debug)]
@@ -256,7 +259,7 @@ impl Group {
                 }
             }
         };
-        let mut group = Self { dirs, oom_kills_before: 0 };
+        let mut group = Self { dirs, oom_kills_before: 0, limits: None, was_frozen: true };
         group.reset()?;
         group.limit(limits)?;
         Ok(group)
@@ -267,14 +270,27 @@ impl Group {
         if let Dirs::V1 { cpuacct, memory, freezer, .. } = &self.dirs {
             put(&cpuacct.join("cpuacct.usage"), "0")?;
             put(&memory.join("memory.max_usage_in_bytes"), "0")?;
-            put(&freezer.join("freezer.state"), "THAWED")?;
+            if std::mem::take(&mut self.was_frozen) {
+                put(&freezer.join("freezer.state"), "THAWED")?;
+            }
             self.oom_kills_before = keyed(&memory.join("memory.oom_control"), "oom_kill");
         }
         Ok(())
     }
 
     /// Sets limits.
-    pub(crate) fn limit(&self, limits: &GroupLimits) -> io::Result<()> {
+    pub(crate) fn limit(&mut self, limits: &GroupLimits) -> io::Result<()> {
+        if self.limits == Some(*limits) {
+            return Ok(());
+        }
+        // Unknown until all of it is written.
+        self.limits = None;
+        self.write_limits(limits)?;
+        self.limits = Some(*limits);
+        Ok(())
+    }
+
+    fn write_limits(&self, limits: &GroupLimits) -> io::Result<()> {
         let quota = (u64::from(limits.cpu_millis) * CPU_PERIOD_US / 1000).max(1000);
         let pids = limits.pids.to_string();
         let memory_max = limits.memory_bytes.to_string();
@@ -320,7 +336,8 @@ impl Group {
     }
 
     /// Freezes or thaws. v1 answers before all are frozen; the state settles by itself.
-    pub(crate) fn freeze(&self, frozen: bool) -> io::Result<()> {
+    pub(crate) fn freeze(&mut self, frozen: bool) -> io::Result<()> {
+        self.was_frozen |= frozen;
         match &self.dirs {
             Dirs::V2(dir) => put(&dir.join("cgroup.freeze"), if frozen { "1" } else { "0" }),
             Dirs::V1 { freezer, .. } => {

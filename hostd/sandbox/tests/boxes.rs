@@ -26,6 +26,7 @@ fn main() {
         ("users_and_directories", users_and_directories),
         ("the_image_stays_as_it_was", the_image_stays_as_it_was),
         ("layers_and_data_only_layers", layers_and_data_only_layers),
+        ("an_erofs_layer", an_erofs_layer),
         ("signals_and_kill", signals_and_kill),
         ("memory_limit", memory_limit),
         ("pids_limit", pids_limit),
@@ -176,6 +177,31 @@ fn layers_and_data_only_layers() {
         fs::read_to_string(dir.path().join("objects/ab/object")).unwrap(),
         "from the object\n"
     );
+}
+
+/// A layer on EROFS, straight from its file, as lazy images are mounted.
+fn an_erofs_layer() {
+    let mut place = place(2);
+    let dir = tempfile::tempdir().unwrap();
+    let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+    fs::create_dir(&at).unwrap();
+    let made = std::process::Command::new("mkfs.erofs").arg(&image).arg(&place.root).output();
+    if !made.is_ok_and(|o| o.status.success()) {
+        return println!("skipped: no mkfs.erofs here");
+    }
+    let flags = rustix::mount::MountFlags::RDONLY;
+    if let Err(e) = rustix::mount::mount(&image, &at, "erofs", flags, None) {
+        return println!("skipped: no EROFS from a file here: {e}");
+    }
+    let line = "stat -c %u /etc/passwd; echo more >> /etc/group; wc -l < /etc/group; id -u";
+    let mut spec = place.spec(Program::new(["sh", "-c", line]));
+    spec.root = hostd_sandbox::RootSpec::layered(&[&at], &[]).unwrap();
+    let ran = wait(place.spawner.claim(spec)).map(|running| place.finish(running));
+    let unmounted = rustix::mount::unmount(&at, rustix::mount::UnmountFlags::empty());
+    let (out, err, _) = ran.unwrap();
+    assert_eq!((out.as_str(), err.as_str()), ("0\n4\n0\n", ""));
+    // Nothing of the box holds the image's mount once it has ended.
+    unmounted.unwrap();
 }
 
 fn signals_and_kill() {
