@@ -246,29 +246,8 @@ impl World {
             }
             Event::Poll(placer, key) => self.poll(placer, key)?,
             Event::ToHost { host, caller, cancel } => self.reaches_host(host, caller, cancel)?,
-            Event::Begun { host, hostd, local } => {
-                if self.hosts[host].hostd == hostd {
-                    let mut acts = Vec::new();
-                    self.hosts[host].begun(self.queue.now(), local, &mut self.rng, &mut acts);
-                    self.act(host, acts)?;
-                }
-            }
-            Event::Ended { host, machine, local } => {
-                if self.hosts[host].machine == machine {
-                    let mut acts = Vec::new();
-                    self.hosts[host].ended(self.queue.now(), local, &mut acts);
-                    self.act(host, acts)?;
-                }
-            }
-            Event::Due(host) => {
-                if self.dues[host] == self.queue.now() {
-                    self.dues[host] = Micros::MAX;
-                    let mut acts = Vec::new();
-                    if self.hosts[host].hostd_up {
-                        self.hosts[host].due(self.queue.now(), &mut acts);
-                    }
-                    self.act(host, acts)?;
-                }
+            Event::Begun { .. } | Event::Ended { .. } | Event::Due(_) => {
+                self.happen_on_host(&event)?
             }
             Event::Said { host, caller, what } => self.said(host, caller, what)?,
             Event::Fault(at, begins) => self.fault(at, begins)?,
@@ -279,6 +258,30 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Something that was planned happens on a host, unless the host or its hostd has died since.
+    fn happen_on_host(&mut self, event: &Event) -> Result<(), Broken> {
+        let (now, mut acts) = (self.queue.now(), Vec::new());
+        let at = match *event {
+            Event::Begun { host, hostd, local } if self.hosts[host].hostd == hostd => {
+                self.hosts[host].begun(now, local, &mut self.rng, &mut acts);
+                host
+            }
+            Event::Ended { host, machine, local } if self.hosts[host].machine == machine => {
+                self.hosts[host].ended(now, local, &mut acts);
+                host
+            }
+            Event::Due(host) if self.dues[host] == now => {
+                self.dues[host] = Micros::MAX;
+                if self.hosts[host].hostd_up {
+                    self.hosts[host].due(now, &mut acts);
+                }
+                host
+            }
+            _ => return Ok(()),
+        };
+        self.act(at, acts)
     }
 
     /// A host that nobody reaches, or whose hostd is down, reaps when it is back.
