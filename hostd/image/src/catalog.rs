@@ -36,15 +36,21 @@ pub struct ImageReport {
 }
 
 impl DomainStore {
-    /// Names with their images, in name order.
-    pub(crate) async fn images(&self) -> Result<Vec<(String, ImageId)>, ImageError> {
+    /// All names.
+    pub(crate) async fn names(&self) -> Result<Vec<String>, ImageError> {
         let prefix = names_path(&self.domain);
         let found: Vec<_> =
             self.store.list(Some(&prefix)).try_collect().await.map_err(ImageError::Store)?;
-        let names = found.into_iter().filter_map(|meta| {
+        let name = |meta: object_store::ObjectMeta| {
             let name = meta.location.filename()?.replace('+', "/");
             crate::id::check_image_name(&name).ok().map(|()| name)
-        });
+        };
+        Ok(found.into_iter().filter_map(name).collect())
+    }
+
+    /// Names with their images, in name order.
+    pub(crate) async fn images(&self) -> Result<Vec<(String, ImageId)>, ImageError> {
+        let names = self.names().await?;
         let mut rows: Vec<(String, ImageId)> = futures::stream::iter(names)
             .map(|name| async move {
                 match self.resolve(&name).await {

@@ -4,26 +4,28 @@
 //! them, so that the box does not know which kind of mount a host has.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use object_store::ObjectStore;
+use object_store::{ObjectStore, ObjectStoreExt};
 use tokio::sync::OnceCell;
 use wire::ImageId;
 
-use crate::manifest::{ImageConfig, Manifest};
+use crate::lazy_host::{LazyHost, blocking};
+use crate::manifest::ImageConfig;
+use crate::metrics::ImageMetrics;
+use crate::push::BootSummary;
 use crate::store::{DomainStore, ImageError};
+use crate::unpacked::UnpackedHost;
 
 /// What a mounter needs.
 #[derive(Debug, Clone)]
 pub struct MountConfig {
-    /// For sockets and mount points. Private to hostd.
+    /// For mount points. Private to hostd.
     pub state_dir: PathBuf,
     /// For what was fetched. Private to hostd; may be emptied when nothing is mounted.
     pub cache_dir: PathBuf,
-    /// Bytes that the cache may hold; images in use stay beyond it.
+    /// Bytes that the cache may hold. Unpacked images that are in use stay beyond it.
     pub cache_bytes_max: u64,
     /// Where images are.
     pub store: Arc<dyn ObjectStore>,
@@ -31,9 +33,23 @@ pub struct MountConfig {
     pub domain: String,
 }
 
+/// Who serves the objects of lazy images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Serving {
+    /// This process: when it ends, so do the mounts.
+    #[default]
+    Inside,
+    /// A holder that was started on the same state directory ([`crate::hold`]): sandboxes outlive hostd.
+    Holder,
+    /// Nobody: images are unpacked even where lazy mounts would work.
+    Unpack,
+}
+
 /// How images are mounted on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MountMode {
+    /// Lazily: FUSE objects below EROFS metadata.
+    Lazy,
     /// Unpacked once a host, and why not lazily.
     Unpacked {
         /// What was missing.
@@ -52,7 +68,7 @@ pub struct Layers {
     pub options: Vec<(&'static str, &'static str)>,
 }
 
-/// An image that is mounted. It stays so at least while this is held.
+/// An image that is mounted. It stays so at least while this is held: hold it as long as a sandbox runs on it.
 #[derive(Debug)]
 pub struct MountedImage {
     id: ImageId,
@@ -82,18 +98,32 @@ impl MountedImage {
 
 type Slot = Arc<OnceCell<Arc<MountedImage>>>;
 
+enum Host {
+    Lazy(LazyHost),
+    Unpacked(UnpackedHost),
+}
+
 /// Mounts the images of one trust domain on this host.
-#[derive(Debug)]
 pub struct Mounter {
     at: DomainStore,
-    trees: PathBuf,
-    cache_bytes_max: u64,
+    host: Host,
     slots: Mutex<HashMap<ImageId, Slot>>,
     mode: MountMode,
+    /// Tells this host's notes from others'.
+    host_note: String,
+}
+
+impl std::fmt::Debug for Mounter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mounter")
+            .field("domain", &self.at.domain.name())
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Mounter {
-    /// Readies the directories, and clears what a crash left half done.
+    /// Finds out what this host can do, readies the directories, and clears what a crash left half done.
     ///
     /// Images of sandboxes that outlived the last hostd must be mounted again before any other, so that the cache knows
     /// that they are in use.
@@ -101,28 +131,59 @@ impl Mounter {
     /// # Errors
     /// [`ImageError::Host`] when the directories cannot be used.
     pub async fn start(config: MountConfig) -> Result<Self, ImageError> {
+        Self::start_with(config, Serving::Holder).await
+    }
+
+    /// The same, with the objects served by whom `serving` says.
+    ///
+    /// # Errors
+    /// [`ImageError::Host`] when the directories cannot be used.
+    pub async fn start_with(config: MountConfig, serving: Serving) -> Result<Self, ImageError> {
         let at = DomainStore::new(config.store, &config.domain)?;
-        let trees = config.cache_dir.join("trees").join(at.domain.name());
-        let dirs = [config.state_dir.clone(), trees.clone()];
-        blocking("ready the cache", move || {
-            dirs.iter().try_for_each(fs::create_dir_all)?;
-            clear_half_done(&dirs[1])
+        let dirs = [config.state_dir.clone(), config.cache_dir.clone()];
+        blocking("make hostd's directories", move || {
+            dirs.iter().try_for_each(std::fs::create_dir_all)
         })
         .await?;
-        let mode = MountMode::Unpacked { why: "lazy mounts are not built yet".to_owned() };
-        Ok(Self {
-            at,
-            trees,
-            cache_bytes_max: config.cache_bytes_max,
-            slots: Mutex::new(HashMap::new()),
-            mode,
-        })
+        let (state, cache, max) = (&config.state_dir, &config.cache_dir, config.cache_bytes_max);
+        let lazy = match serving {
+            Serving::Unpack => Err("the configuration says so".to_owned()),
+            Serving::Holder => LazyHost::attach(&at, state).await.map_err(|e| e.to_string()),
+            Serving::Inside => match crate::self_check::lazy_mounts(state).await {
+                Ok(()) => {
+                    let host = LazyHost::start(at.clone(), state, cache, max).await;
+                    host.map_err(|e| e.to_string())
+                }
+                Err(why) => Err(why),
+            },
+        };
+        let (host, mode) = match lazy {
+            Ok(host) => (Host::Lazy(host), MountMode::Lazy),
+            Err(why) => {
+                tracing::warn!(%why, "images are unpacked on this host");
+                let host = UnpackedHost::start(at.clone(), cache, max).await?;
+                (Host::Unpacked(host), MountMode::Unpacked { why })
+            }
+        };
+        let host_note = host_note(&config.state_dir);
+        Ok(Self { at, host, slots: Mutex::default(), mode, host_note })
     }
 
     /// How images are mounted here, for `volley doctor`.
     #[must_use]
     pub fn mode(&self) -> &MountMode {
         &self.mode
+    }
+
+    /// What was counted so far; all zeros where images are unpacked.
+    ///
+    /// # Errors
+    /// When the holder's server does not answer.
+    pub async fn metrics(&self) -> Result<ImageMetrics, ImageError> {
+        match &self.host {
+            Host::Lazy(host) => host.metrics().await,
+            Host::Unpacked(_) => Ok(ImageMetrics::default()),
+        }
     }
 
     /// The image that a name or an id says.
@@ -156,6 +217,88 @@ impl Mounter {
         self.slots().get(&id).and_then(|slot| slot.get().cloned())
     }
 
+    /// Brings a boot pack of an image that is mounted, for a command other than the image's own. The image's own is brought
+    /// when it is mounted. Does not wait.
+    pub fn bring(&self, id: ImageId, entry: &str) {
+        if let Host::Lazy(host) = &self.host
+            && crate::boot::is_entry(entry)
+        {
+            host.bring(id, entry);
+        }
+    }
+
+    /// Starts to note what is read of all images. Best on a host that has read nothing of the image yet: what is in the page
+    /// cache is not asked for.
+    ///
+    /// # Errors
+    /// When the holder's server does not answer.
+    pub async fn record(&self) -> Result<(), ImageError> {
+        match &self.host {
+            Host::Lazy(host) => host.record().await,
+            Host::Unpacked(_) => Ok(()),
+        }
+    }
+
+    /// Makes what was read of an image since [`Mounter::record`] its boot pack: of the command that `entry` names, or of the
+    /// image's own when it is `None`.
+    ///
+    /// # Errors
+    /// [`ImageError::Store`] when it cannot be written; the image is as good as before.
+    pub async fn finish_record(
+        &self,
+        id: ImageId,
+        entry: Option<&str>,
+    ) -> Result<BootSummary, ImageError> {
+        match &self.host {
+            Host::Lazy(host) => {
+                host.finish_record(id, entry.unwrap_or(crate::lazy_host::DEFAULT_ENTRY)).await
+            }
+            Host::Unpacked(_) => Ok(BootSummary::default()),
+        }
+    }
+
+    /// Notes in the store that this host uses an image, so that the sweeper leaves it although no name has it any more. Holds
+    /// for a day: a host calls [`Mounter::renew_uses`] every few hours.
+    ///
+    /// # Errors
+    /// [`ImageError::Store`] when the note could not be written.
+    pub async fn note_use(&self, id: ImageId) -> Result<(), ImageError> {
+        let note = crate::store::use_path(&self.at.domain, id, &self.host_note);
+        let put = self.at.store.put(&note, object_store::PutPayload::default()).await;
+        put.map(drop).map_err(ImageError::Store)
+    }
+
+    /// Notes all images that are mounted: see [`Mounter::note_use`].
+    ///
+    /// # Errors
+    /// [`ImageError::Store`] at the first note that could not be written.
+    pub async fn renew_uses(&self) -> Result<(), ImageError> {
+        let ids: Vec<ImageId> = self.slots().keys().copied().collect();
+        for id in ids {
+            self.note_use(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Unmounts images that nobody holds until at most `keep` are mounted. What was fetched of them stays in the cache.
+    pub async fn unmount_unused(&self, keep: usize) {
+        let unused: Vec<ImageId> = {
+            let mut slots = self.slots();
+            let over = slots.len().saturating_sub(keep);
+            let unused = slots.iter().filter(|(_, slot)| is_unused(slot)).map(|(id, _)| *id);
+            let unused: Vec<_> = unused.take(over).collect();
+            unused.iter().for_each(|id| {
+                slots.remove(id);
+            });
+            unused
+        };
+        if let Host::Lazy(host) = &self.host {
+            for id in unused {
+                host.unmount(id).await;
+            }
+        }
+    }
+
     fn slots(&self) -> MutexGuard<'_, HashMap<ImageId, Slot>> {
         // The table is whole between any two statements that hold the lock.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
@@ -163,106 +306,33 @@ impl Mounter {
 
     async fn mount_now(&self, id: ImageId) -> Result<Arc<MountedImage>, ImageError> {
         let manifest = self.at.manifest(id).await?;
-        let tree = self.trees.join(id.to_string());
-        if !fs::exists(&tree).unwrap_or(false) {
-            self.make_room(manifest.totals.bytes).await;
-            self.unpack(&manifest, &tree).await?;
-        }
-        // The sweeper goes by this date.
-        let touched = tree.join("used");
-        blocking("mark the image as used", move || fs::write(touched, b"")).await?;
-        let layers = Layers { lower: vec![tree.join("root")], ..Layers::default() };
+        let layers = match &self.host {
+            Host::Lazy(host) => host.mount(id).await?,
+            Host::Unpacked(host) => host.mount(id, &manifest, &|id| self.keep_if_used(id)).await?,
+        };
         Ok(Arc::new(MountedImage { id, config: manifest.config, layers }))
     }
 
-    /// Writes the tree aside and renames it into place.
-    async fn unpack(&self, manifest: &Manifest, tree: &Path) -> Result<(), ImageError> {
-        let trees = self.trees.clone();
-        let aside = blocking("make a directory", move || {
-            tempfile::Builder::new().prefix(".half-").tempdir_in(trees)
-        })
-        .await?;
-        let root = aside.path().join("root");
-        fs::create_dir(&root).map_err(|e| ImageError::host("make a directory", e))?;
-        crate::unpack::unpack(&self.at, manifest, &root).await?;
-        let bytes = manifest.totals.bytes.to_string();
-        let (from, to) = (aside.path().to_owned(), tree.to_owned());
-        blocking("put the tree in place", move || {
-            fs::write(from.join("bytes"), bytes)?;
-            fs::rename(&from, to)
-        })
-        .await?;
-        // It has another name now, and is not to be removed.
-        let _ = aside.keep();
-        Ok(())
-    }
-
-    /// Removes trees that nobody uses, the longest unused first, until so many bytes more have room.
-    async fn make_room(&self, bytes: u64) {
-        let in_use = |id: &str| {
-            let id = id.parse::<ImageId>().ok();
-            let slots = self.slots();
-            id.and_then(|id| slots.get(&id).cloned()).is_some_and(|slot| {
-                // One is the table's own; a slot without a value is being mounted.
-                slot.get().is_none_or(|image| Arc::strong_count(image) > 1)
-            })
-        };
-        let mut trees = list_trees(&self.trees);
-        let mut sum: u64 = trees.iter().map(|tree| tree.bytes).sum();
-        trees.sort_unstable_by_key(|tree| tree.used);
-        for tree in trees {
-            if sum.saturating_add(bytes) <= self.cache_bytes_max {
-                break;
-            }
-            if in_use(&tree.id) {
-                continue;
-            }
-            if let Ok(id) = tree.id.parse::<ImageId>() {
-                self.slots().remove(&id);
-            }
-            // Renamed first: a tree half removed must not be found whole.
-            let aside = self.trees.join(format!(".half-{}", tree.id));
-            if fs::rename(self.trees.join(&tree.id), &aside).is_ok() {
-                let _ = blocking("remove a tree", move || fs::remove_dir_all(aside)).await;
-                sum = sum.saturating_sub(tree.bytes);
-            }
+    /// Whether somebody holds the image. If not, it is not mounted any more: the caller removes it.
+    fn keep_if_used(&self, id: ImageId) -> bool {
+        let mut slots = self.slots();
+        let used = slots.get(&id).is_some_and(|slot| !is_unused(slot));
+        if !used {
+            slots.remove(&id);
         }
+        used
     }
 }
 
-struct TreeRow {
-    id: String,
-    bytes: u64,
-    used: std::time::SystemTime,
+/// A name for this host's notes: the same after a restart, and another on another host.
+fn host_note(state_dir: &std::path::Path) -> String {
+    let machine = std::fs::read("/etc/machine-id").unwrap_or_default();
+    let name = rustix::system::uname().nodename().to_bytes().to_vec();
+    let all = [&machine, &name, state_dir.as_os_str().as_encoded_bytes()].concat();
+    crate::id::to_hex(&blake3::hash(&all).as_bytes()[..16])
 }
 
-fn list_trees(trees: &Path) -> Vec<TreeRow> {
-    let Ok(entries) = fs::read_dir(trees) else { return Vec::new() };
-    let row = |entry: fs::DirEntry| {
-        let id = entry.file_name().into_string().ok()?;
-        id.parse::<ImageId>().ok()?;
-        let bytes = fs::read_to_string(entry.path().join("bytes")).ok()?.parse().ok()?;
-        let used = fs::metadata(entry.path().join("used")).and_then(|m| m.modified());
-        Some(TreeRow { id, bytes, used: used.unwrap_or(std::time::UNIX_EPOCH) })
-    };
-    entries.filter_map(|entry| row(entry.ok()?)).collect()
-}
-
-fn clear_half_done(trees: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(trees)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(".half-") {
-            fs::remove_dir_all(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-async fn blocking<T: Send + 'static>(
-    what: &'static str,
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> Result<T, ImageError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|_| Err(io::Error::other("the task was stopped")))
-        .map_err(|e| ImageError::host(what, e))
+/// Mounted, and held by the table alone. One that is being mounted is in use.
+fn is_unused(slot: &Slot) -> bool {
+    slot.get().is_some_and(|image| Arc::strong_count(image) == 1)
 }

@@ -89,6 +89,13 @@ impl Blobs {
         }
     }
 
+    fn bytes(&self, name: &str) -> Option<u64> {
+        match self {
+            Self::Dir(dir) => Some(dir.join(name).metadata().ok()?.len()),
+            Self::Archive { places, .. } => places.get(name).map(|(_, bytes)| *bytes),
+        }
+    }
+
     pub(crate) fn open(&self, name: &str) -> Result<(Box<dyn Read>, u64), PrepareError> {
         let read = |e| PrepareError::read(name, e);
         match self {
@@ -302,8 +309,8 @@ pub(crate) fn read_archive(blobs: &Blobs, arch: &str) -> Result<LayeredImage, Pr
     let layers = image.layers.iter().zip(diff_ids).map(|(name, diff_id)| {
         let name = clean(name.as_bytes())?;
         Ok(LayerSource {
+            bytes: blobs.bytes(&name),
             name,
-            bytes: None,
             digests: Digests { packed: None, unpacked: Some(diff_id) },
         })
     });

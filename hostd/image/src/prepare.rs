@@ -4,22 +4,26 @@
 //! after all that it names, and the name after the manifest, so that a prepare that dies leaves nothing half there: its packs
 //! are found by the next prepare of the same, or swept.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Instant;
 
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use wire::ImageId;
 
 use crate::apply::Applier;
+use crate::deep::on_deep_stack;
 use crate::id::{Domain, Hash, check_image_name};
 use crate::layer::Layer;
 use crate::limits::{KNOWN_IMAGES_MAX, KNOWN_INDEX_BYTES_MAX};
-use crate::manifest::{ImageConfig, Manifest, Totals};
-use crate::oci::{Blobs, LayeredImage, read_archive, read_layout};
+use crate::manifest::{ImageConfig, Manifest};
+use crate::oci::{Blobs, LayerSource, LayeredImage, read_archive, read_layout};
 use crate::pack::{BlobWriter, Known, PackSink, Packer};
 use crate::progress::Progress;
 use crate::refuse::PrepareError;
+use crate::registry::{Registry, RegistryAccess};
 use crate::source::Source;
 use crate::store::{DomainStore, NameRecord, image_path, name_path, pack_path};
 
@@ -94,6 +98,19 @@ pub async fn prepare_spec(
     spec: PrepareSpec,
     progress: Arc<dyn Progress>,
 ) -> Result<Summary, PrepareError> {
+    prepare_with(store, spec, RegistryAccess::default(), progress).await
+}
+
+/// Prepares an image as `spec` says, out of a registry with which one speaks as `access` says.
+///
+/// # Errors
+/// See [`PrepareError`]. Nothing is published unless all was.
+pub async fn prepare_with(
+    store: Arc<dyn ObjectStore>,
+    spec: PrepareSpec,
+    access: RegistryAccess,
+    progress: Arc<dyn Progress>,
+) -> Result<Summary, PrepareError> {
     let started = Instant::now();
     check_image_name(&spec.name)?;
     let at = DomainStore::new(store, &spec.domain)?;
@@ -102,8 +119,10 @@ pub async fn prepare_spec(
     let (sender, mut packs) = mpsc::channel(1);
     let domain = at.domain.clone();
     let name = spec.name.clone();
-    let reader = tokio::task::spawn_blocking(move || {
-        build(&domain, &spec, known, &mut ChannelSink(sender), progress.as_ref())
+    let runtime = Handle::current();
+    let reader = on_deep_stack("prepare", move || {
+        let from = Origin { spec: &spec, access: &access, runtime: &runtime };
+        build(&domain, &from, known, &mut ChannelSink(sender), progress.as_ref())
     });
     let mut upload = Ok(());
     while let Some((hash, bytes)) = packs.recv().await {
@@ -114,7 +133,7 @@ pub async fn prepare_spec(
     }
     // The reader stops at its next pack when nobody takes it.
     drop(packs);
-    let built = reader.await.map_err(|_| PrepareError::Stopped)?;
+    let built = reader.await.map_err(|e| PrepareError::read("the source", e))?;
     upload?;
     let built = built?;
     let id = publish(&at, &name, &built.manifest).await?;
@@ -196,14 +215,14 @@ struct Built {
 /// Everything that blocks: reads the source, packs it, writes metadata and index.
 fn build(
     domain: &Domain,
-    spec: &PrepareSpec,
+    from: &Origin<'_>,
     known: Known,
     sink: &mut dyn PackSink,
     progress: &dyn Progress,
 ) -> Result<Built, PrepareError> {
     let mut packer = Packer::new(domain, known, sink)?;
     let mut applier = Applier::new(&mut packer);
-    let config = read_source(spec, &mut applier, progress)?;
+    let config = read_source(from, &mut applier, progress)?;
     let (tree, dropped) = (applier.tree, applier.dropped);
     let (index, object_bytes) = packer.finish()?;
     progress.begin("writing metadata", None);
@@ -215,7 +234,6 @@ fn build(
     let index_blob = blobs.end_blob()?;
     let (packs, blob_bytes) = blobs.finish()?;
     totals.stored = blob_bytes + index.packs.iter().map(|pack| u64::from(pack.bytes)).sum::<u64>();
-    let totals = Totals { ..totals };
     let manifest = Manifest {
         domain: domain.name().to_owned(),
         config,
@@ -227,11 +245,19 @@ fn build(
     Ok(Built { manifest, new_bytes: object_bytes + blob_bytes, dropped })
 }
 
+/// Where an image comes from, and how it is reached.
+struct Origin<'a> {
+    spec: &'a PrepareSpec,
+    access: &'a RegistryAccess,
+    runtime: &'a Handle,
+}
+
 fn read_source(
-    spec: &PrepareSpec,
+    from: &Origin<'_>,
     applier: &mut Applier<'_, '_>,
     progress: &dyn Progress,
 ) -> Result<ImageConfig, PrepareError> {
+    let Origin { spec, access, runtime } = *from;
     let bare = || ImageConfig {
         arch: spec.arch.clone(),
         os: "linux".to_owned(),
@@ -242,12 +268,12 @@ fn read_source(
         Source::OciLayout(path) => {
             let blobs = Blobs::dir(path);
             let image = read_layout(&blobs, &spec.arch)?;
-            read_layers(&blobs, image, applier, progress)
+            read_layers(&|layer| Ok(blobs.open(&layer.name)?.0), image, applier, progress)
         }
         Source::Archive(path) => {
             let blobs = Blobs::archive(path)?;
             let image = read_archive(&blobs, &spec.arch)?;
-            read_layers(&blobs, image, applier, progress)
+            read_layers(&|layer| Ok(blobs.open(&layer.name)?.0), image, applier, progress)
         }
         Source::RootfsTar(path) => {
             let read = |e| PrepareError::read(path.display().to_string(), e);
@@ -263,23 +289,28 @@ fn read_source(
             crate::rootfs::add(path, applier, progress)?;
             Ok(bare())
         }
-        Source::Registry(_) => {
-            Err(PrepareError::Registry("registries are not read yet; save the image first".into()))
+        Source::Registry(reference) => {
+            progress.begin(reference, None);
+            let registry = Registry::new(reference, access, runtime.clone())?;
+            let image = registry.image(&spec.arch)?;
+            read_layers(&|layer| registry.layer(layer), image, applier, progress)
         }
     }
 }
 
+/// Gives a layer's bytes.
+type OpenLayer<'a> = dyn Fn(&LayerSource) -> Result<Box<dyn Read>, PrepareError> + 'a;
+
 fn read_layers(
-    blobs: &Blobs,
+    open: &OpenLayer<'_>,
     image: LayeredImage,
     applier: &mut Applier<'_, '_>,
     progress: &dyn Progress,
 ) -> Result<ImageConfig, PrepareError> {
     let count = image.layers.len();
     for (i, source) in image.layers.into_iter().enumerate() {
-        let (raw, bytes) = blobs.open(&source.name)?;
-        let bytes = source.bytes.unwrap_or(bytes);
-        progress.begin(&format!("layer {} of {count}", i + 1), Some(bytes));
+        let raw = open(&source)?;
+        progress.begin(&format!("layer {} of {count}", i + 1), source.bytes);
         let layer = Layer::open(raw, source.digests, progress)
             .map_err(|e| PrepareError::read(source.name.clone(), e))?;
         applier.tar(layer, true)?.finish()?;

@@ -86,6 +86,11 @@ pub(crate) fn name_path(domain: &Domain, name: &str) -> Path {
     names_path(domain).join(name.replace('/', "+"))
 }
 
+/// A host's note that it uses an image.
+pub(crate) fn use_path(domain: &Domain, id: ImageId, host: &str) -> Path {
+    Path::from(format!("use/{}/{id}/{host}", domain.name()))
+}
+
 /// A domain's part of a store.
 #[derive(Debug, Clone)]
 pub(crate) struct DomainStore {

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 
+use crate::deep::on_deep_stack;
 use crate::erofs_read::{ErofsImage, Inode, InodeKind};
 use crate::id::Hash;
 use crate::index::{Damaged, FrameRef, Index};
@@ -52,7 +53,8 @@ pub(crate) async fn unpack(
     let (meta, index) = futures::try_join!(at.blob(manifest, &manifest.meta), at.index(manifest))?;
     let index = Arc::new(index);
     let (for_walk, root) = (index.clone(), target.to_owned());
-    let work = blocking(move || Walk::run(&meta, &for_walk, root)).await?;
+    let work = on_deep_stack("unpack", move || Walk::run(&meta, &for_walk, root));
+    let work = work.await.map_err(|e| ImageError::host("unpack", e))??;
     let work = Arc::new(work);
     let mut frames: Vec<(u32, FrameRef)> =
         work.pieces.keys().map(|n| (*n, index.frames[*n as usize])).collect();

@@ -1,4 +1,10 @@
 //! Tests that go through several files of this crate: from a source to what a mount shows.
 
+mod erofs_kernel;
+mod faults;
+mod hostile;
+mod lazy_mount;
 mod round_trip;
+mod sources;
 mod support;
+mod sweep;

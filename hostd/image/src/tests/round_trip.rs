@@ -17,7 +17,7 @@ async fn a_directory_comes_back_as_it_was() {
     make_varied(&root);
     let store = memory();
     let summary = prepared(&store, "varied", Source::RootfsDir(root.clone())).await;
-    let mounter = mounter(&store, dir.path()).await;
+    let mounter = mounter(&store, dir.path(), true).await;
     assert_eq!(mounter.resolve("varied").await.unwrap(), summary.id);
     let image = mounter.mount(summary.id).await.unwrap();
     let mounted = &image.layers().lower[0];

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 
-use crate::{MountConfig, Mounter, Source, Summary};
+use crate::{MountConfig, Mounter, Serving, Source, Summary};
 
 pub(super) fn memory() -> Arc<dyn ObjectStore> {
     Arc::new(InMemory::new())
@@ -24,7 +24,7 @@ pub(super) async fn prepared(store: &Arc<dyn ObjectStore>, name: &str, source: S
     crate::prepare(store.clone(), "test", name, source, Arc::new(())).await.unwrap()
 }
 
-pub(super) async fn mounter(store: &Arc<dyn ObjectStore>, dir: &Path) -> Mounter {
+pub(super) async fn mounter(store: &Arc<dyn ObjectStore>, dir: &Path, unpack: bool) -> Mounter {
     let config = MountConfig {
         state_dir: dir.join("state"),
         cache_dir: dir.join("cache"),
@@ -32,20 +32,30 @@ pub(super) async fn mounter(store: &Arc<dyn ObjectStore>, dir: &Path) -> Mounter
         store: store.clone(),
         domain: "test".to_owned(),
     };
-    Mounter::start(config).await.unwrap()
+    let serving = if unpack { Serving::Unpack } else { Serving::Inside };
+    Mounter::start_with(config, serving).await.unwrap()
 }
 
 /// Everything that an ordinary program can see of a tree, a line a path.
 pub(super) fn snapshot(root: &Path) -> BTreeMap<Vec<u8>, String> {
     let mut out = BTreeMap::new();
     let mut inodes = HashMap::new();
-    walk(root, root, &mut out, &mut inodes);
+    walk(root, root, true, &mut out, &mut inodes);
+    out
+}
+
+/// The same without what is in files of more than 2 KiB.
+pub(super) fn snapshot_without_bytes(root: &Path) -> BTreeMap<Vec<u8>, String> {
+    let mut out = BTreeMap::new();
+    let mut inodes = HashMap::new();
+    walk(root, root, false, &mut out, &mut inodes);
     out
 }
 
 fn walk(
     root: &Path,
     path: &Path,
+    bytes: bool,
     out: &mut BTreeMap<Vec<u8>, String>,
     inodes: &mut HashMap<u64, Vec<u8>>,
 ) {
@@ -63,9 +73,12 @@ fn walk(
     if kind.is_symlink() {
         line += &format!(" -> {}", fs::read_link(path).unwrap().display());
     } else if kind.is_file() {
-        let bytes = fs::read(path).unwrap();
-        assert_eq!(bytes.len() as u64, meta.len());
-        line += &format!(" {} {}", meta.len(), blake3::hash(&bytes).to_hex());
+        line += &format!(" {}", meta.len());
+        if bytes || meta.len() <= 2048 {
+            let bytes = fs::read(path).unwrap();
+            assert_eq!(bytes.len() as u64, meta.len());
+            line += &format!(" {}", blake3::hash(&bytes).to_hex());
+        }
     } else if !kind.is_dir() {
         line += &format!(" dev {:x}", meta.rdev());
     }
@@ -81,8 +94,10 @@ fn walk(
     }
     out.insert(key, line);
     if kind.is_dir() {
-        for entry in fs::read_dir(path).unwrap() {
-            walk(root, &entry.unwrap().path(), out, inodes);
+        let mut paths: Vec<_> = fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).collect();
+        paths.sort_unstable();
+        for path in paths {
+            walk(root, &path, bytes, out, inodes);
         }
     }
 }

@@ -1,0 +1,313 @@
+//! The lazy mount on this host: one FUSE mount a domain, one EROFS mount an image.
+//!
+//! The metadata image is a file of the FUSE mount, so that EROFS itself is read piece by piece, and mounting a million files
+//! costs what mounting ten does. At start all of it is tried on a small image of its own: a host on which any part fails
+//! falls back to unpacking, and says why.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::runtime::Runtime;
+use wire::ImageId;
+
+use crate::control::{Control, Question, Reply};
+use crate::device::{self, Device};
+use crate::disk::DiskFrames;
+use crate::frames::Frames;
+use crate::index::Damaged;
+use crate::kernel;
+use crate::metrics::ImageMetrics;
+use crate::mount::Layers;
+use crate::push::{BootSummary, Pusher, write_boot};
+use crate::server::Server;
+use crate::store::{DomainStore, ImageError};
+
+/// Frames kept in memory, beside the kernel's page cache: enough that a run of small reads decompresses each frame once.
+pub(crate) const MEMORY_BYTES_MAX: u64 = 64 << 20;
+/// Overlay options that the layers need.
+pub(crate) const OVERLAY_OPTIONS: [(&str, &str); 2] = [("metacopy", "on"), ("redirect_dir", "on")];
+
+/// The boot pack that is brought at a mount.
+pub(crate) const DEFAULT_ENTRY: &str = "default";
+
+/// Threads that answer what waited for storage.
+const RUNTIME_THREADS: usize = 2;
+
+/// The lazy mounts of one domain.
+pub(crate) struct LazyHost {
+    dirs: Dirs,
+    link: Link,
+}
+
+/// Where the server is.
+enum Link {
+    /// In this process: when it ends, so do the mounts.
+    Inside {
+        pusher: Arc<Pusher>,
+        /// Given back in the background: a runtime must not be dropped where others run.
+        runtime: Option<Runtime>,
+    },
+    /// In a holder's worker.
+    Outside(Control),
+}
+
+/// Where things are below the state directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Dirs {
+    /// The FUSE mount.
+    pub(crate) fuse: PathBuf,
+    /// A file an image that may be asked for.
+    pub(crate) images: PathBuf,
+    /// An EROFS mount an image.
+    metas: PathBuf,
+}
+
+impl Dirs {
+    pub(crate) fn below(state_dir: &Path, domain: &str) -> Self {
+        let dir = state_dir.join(domain);
+        Self { fuse: dir.join("fuse"), images: dir.join("images"), metas: dir.join("meta") }
+    }
+
+    /// Takes away what a server left that is no more, and makes what is missing.
+    pub(crate) fn ready(&self) -> io::Result<()> {
+        self.clear()?;
+        [&self.fuse, &self.images, &self.metas].into_iter().try_for_each(fs::create_dir_all)
+    }
+
+    /// Where a holder's worker listens.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.fuse.with_file_name("control")
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        if let Ok(entries) = fs::read_dir(&self.metas) {
+            for entry in entries {
+                let path = entry?.path();
+                kernel::unmount(&path)?;
+                fs::remove_dir(&path)?;
+            }
+        }
+        kernel::unmount(&self.fuse)?;
+        match fs::remove_dir_all(&self.images) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl LazyHost {
+    /// Mounts the domain's objects and serves them.
+    pub(crate) async fn start(
+        at: DomainStore,
+        state_dir: &Path,
+        cache_dir: &Path,
+        cache_bytes_max: u64,
+    ) -> Result<Self, ImageError> {
+        let dirs = Dirs::below(state_dir, at.domain.name());
+        let frames_dir = cache_dir.join("frames").join(at.domain.name());
+        blocking("mount the objects", move || {
+            dirs.ready()?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(RUNTIME_THREADS)
+                .thread_name("images")
+                .enable_all()
+                .build()?;
+            let disk = DiskFrames::open(&frames_dir, cache_bytes_max, &at.domain)?;
+            let frames = Frames::new(at, disk, MEMORY_BYTES_MAX, runtime.handle().clone());
+            let server = Arc::new(Server::new(frames, dirs.images.clone()));
+            let file = device::open()?;
+            kernel::mount_fuse(&file, &dirs.fuse)?;
+            let device = Device::serve(file, &server, runtime.handle());
+            let device = device.inspect_err(|_| {
+                let _ = kernel::unmount(&dirs.fuse);
+            })?;
+            if let Err(error) = device::raise_readahead(&dirs.fuse) {
+                tracing::info!(%error, "reads of large files stay at 128 KiB");
+            }
+            let fuse = dirs.fuse.clone();
+            let pusher = Arc::new(Pusher { server, device, fuse });
+            Ok(Self { dirs, link: Link::Inside { pusher, runtime: Some(runtime) } })
+        })
+        .await
+    }
+
+    /// Uses what a holder has mounted. Images that are mounted already stay so.
+    pub(crate) async fn attach(at: &DomainStore, state_dir: &Path) -> Result<Self, ImageError> {
+        let dirs = Dirs::below(state_dir, at.domain.name());
+        if !dirs.control().exists() {
+            let why = io::Error::other("no image holder runs for this state directory");
+            return Err(ImageError::host("reach the image holder", why));
+        }
+        let control = Control::new(&dirs.control());
+        control.ask(&Question::Metrics).await?;
+        Ok(Self { dirs, link: Link::Outside(control) })
+    }
+
+    /// Opens an image, so that what is wrong with it is said in its own words and not as an errno of `mount`.
+    async fn open(&self, id: ImageId) -> Result<(), ImageError> {
+        match &self.link {
+            Link::Inside { pusher, .. } => {
+                let server = pusher.server.clone();
+                let opened = self.spawn(async move { server.open(id).await }).await?;
+                opened.map(drop).map_err(ImageError::Shared)
+            }
+            Link::Outside(control) => control.ask(&Question::Open(id.to_string())).await.map(drop),
+        }
+    }
+
+    /// Runs on the server's runtime what is to be done in this process.
+    async fn spawn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let lost = |_| ImageError::host("ask the image server", io::Error::other("stopped"));
+        match &self.link {
+            Link::Inside { runtime: Some(runtime), .. } => runtime.spawn(work).await.map_err(lost),
+            _ => Ok(work.await),
+        }
+    }
+
+    /// Mounts an image's metadata.
+    pub(crate) async fn mount(&self, id: ImageId) -> Result<Layers, ImageError> {
+        let name = id.to_string();
+        let (file, meta) = (self.dirs.images.join(&name), self.dirs.metas.join(&name));
+        let source = self.dirs.fuse.join("m").join(&name);
+        blocking("note the image", move || fs::write(file, b"")).await?;
+        // Before anything else: it takes a round trip, and others can be made meanwhile.
+        self.bring(id, DEFAULT_ENTRY);
+        let mounted = match self.open(id).await {
+            Ok(()) => {
+                let target = meta.clone();
+                blocking("mount the image's metadata", move || mount_once(&source, &target)).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = mounted {
+            self.unmount(id).await;
+            return Err(error);
+        }
+        Ok(Layers {
+            lower: vec![meta],
+            data_only: vec![self.dirs.fuse.join("o").join(&name)],
+            options: OVERLAY_OPTIONS.to_vec(),
+        })
+    }
+
+    /// Takes an image away that no sandbox uses.
+    pub(crate) async fn unmount(&self, id: ImageId) {
+        let name = id.to_string();
+        let (file, meta) = (self.dirs.images.join(&name), self.dirs.metas.join(&name));
+        match &self.link {
+            Link::Inside { pusher, .. } => pusher.server.close(id),
+            Link::Outside(control) => {
+                let _ = control.ask(&Question::Close(name)).await;
+            }
+        }
+        let done = blocking("unmount an image", move || {
+            kernel::unmount(&meta)?;
+            let _ = fs::remove_dir(&meta);
+            fs::remove_file(&file)
+        });
+        if let Err(error) = done.await {
+            tracing::debug!(%error, "an image was not there to unmount");
+        }
+    }
+
+    /// What was counted; from another process when the server is there.
+    pub(crate) async fn metrics(&self) -> Result<ImageMetrics, ImageError> {
+        match &self.link {
+            Link::Inside { pusher, .. } => Ok(pusher.server.metrics()),
+            Link::Outside(control) => match control.ask(&Question::Metrics).await? {
+                Reply::Metrics(metrics) => Ok(metrics),
+                _ => Err(Damaged("an answer of the image server").into()),
+            },
+        }
+    }
+
+    /// Brings an image's boot pack, if it has one, while others go on.
+    pub(crate) fn bring(&self, id: ImageId, entry: &str) {
+        match &self.link {
+            Link::Inside { pusher, runtime: Some(runtime) } => {
+                runtime.spawn(pusher.clone().bring(id, entry.to_owned()));
+            }
+            Link::Inside { .. } => {}
+            Link::Outside(control) => {
+                let (control, entry) = (control.clone(), entry.to_owned());
+                tokio::spawn(async move {
+                    let question = Question::Bring { image: id.to_string(), entry };
+                    let _ = control.ask(&question).await;
+                });
+            }
+        }
+    }
+
+    /// Starts to note what is read.
+    pub(crate) async fn record(&self) -> Result<(), ImageError> {
+        match &self.link {
+            Link::Inside { pusher, .. } => pusher.server.record(),
+            Link::Outside(control) => drop(control.ask(&Question::Record).await?),
+        }
+        Ok(())
+    }
+
+    /// Makes what was read since the boot pack of an image's entry.
+    pub(crate) async fn finish_record(
+        &self,
+        id: ImageId,
+        entry: &str,
+    ) -> Result<BootSummary, ImageError> {
+        match &self.link {
+            Link::Inside { pusher, .. } => {
+                let Some(recorder) = pusher.server.recorded() else {
+                    return Ok(BootSummary::default());
+                };
+                let (server, entry) = (pusher.server.clone(), entry.to_owned());
+                self.spawn(async move { write_boot(&server, id, &entry, recorder).await }).await?
+            }
+            Link::Outside(control) => {
+                let image = id.to_string();
+                let question = Question::FinishRecord { image, entry: entry.to_owned() };
+                match control.ask(&question).await? {
+                    Reply::Boot { spans, bytes, stored } => {
+                        Ok(BootSummary { spans, bytes, stored })
+                    }
+                    _ => Ok(BootSummary::default()),
+                }
+            }
+        }
+    }
+}
+
+/// Mounts unless that was done before, by a hostd that is no more.
+fn mount_once(source: &Path, target: &Path) -> io::Result<()> {
+    match fs::create_dir(target) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    if kernel::is_mounted(target) { Ok(()) } else { kernel::mount_erofs(source, target) }
+}
+
+impl Drop for LazyHost {
+    fn drop(&mut self) {
+        // What a holder serves goes on without us.
+        let Link::Inside { runtime, .. } = &mut self.link else { return };
+        if let Err(error) = self.dirs.clear() {
+            tracing::warn!(%error, "image mounts were left behind");
+        }
+        if let Some(runtime) = runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Runs what blocks where it may.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, ImageError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(io::Error::other("the task was stopped")))
+        .map_err(|e| ImageError::host(what, e))
+}
