@@ -3,7 +3,12 @@
 //! A launch that comes in is checked, looked up by id, and driven to its outcome by this thread alone. What the client does
 //! meanwhile changes nothing: its connection may break, and the outcome is kept for when it asks again.
 
-use std::{rc::Rc, time::Duration};
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures::{FutureExt, future::LocalBoxFuture};
 use placer_core::{Launch, Outcome, Step};
@@ -13,12 +18,14 @@ use wire::{
     launch::{LaunchHead, LaunchReply, LaunchRequest},
 };
 use wire_net::{
+    lane::LaneReply,
     stream::{self, LaunchLost},
     tls::Peer,
 };
 
 use crate::{
     known::{Entered, Left, digest},
+    pool::Outstanding,
     worker::Worker,
 };
 
@@ -33,6 +40,45 @@ pub(crate) enum News {
     NotSent(Fault),
     Lost,
     Cancelled(bool),
+}
+
+/// Something under way at a host. The usual one, a launch on a warm connection, needs no allocation.
+enum Flight<'a> {
+    Nothing,
+    Launch { reply: LaneReply, _outstanding: Outstanding },
+    Slow(LocalBoxFuture<'a, News>),
+}
+
+impl Future for Flight<'_> {
+    type Output = News;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<News> {
+        let this = self.get_mut();
+        let news = match this {
+            Self::Nothing => return Poll::Pending,
+            Self::Launch { reply, .. } => match Pin::new(reply).poll(context) {
+                Poll::Ready(reply) => news_of(reply),
+                Poll::Pending => return Poll::Pending,
+            },
+            Self::Slow(slow) => match slow.as_mut().poll(context) {
+                Poll::Ready(news) => news,
+                Poll::Pending => return Poll::Pending,
+            },
+        };
+        *this = Self::Nothing;
+        Poll::Ready(news)
+    }
+}
+
+fn news_of(reply: Result<LaunchReply, LaunchLost>) -> News {
+    match reply {
+        Ok(reply) => News::Reply(reply),
+        Err(LaunchLost::NotSent(fault)) => News::NotSent(fault),
+        Err(LaunchLost::Unknown(fault)) => {
+            tracing::debug!(%fault, "a launch went unanswered");
+            News::Lost
+        }
+    }
 }
 
 /// A launch that was checked.
@@ -175,7 +221,7 @@ impl Worker {
             Some(picked) => Launch::with_pick(began, asked.shape, budget_ms, picked, dispatch),
             None => Launch::new(began, asked.shape, budget_ms, dispatch),
         });
-        let mut flight: Option<LocalBoxFuture<'_, News>> = None;
+        let mut flight = Flight::Nothing;
         let mut last = HostId(0);
         loop {
             let step = self.decide(|dispatch, table| launch.poll(self.now(), table, dispatch));
@@ -183,21 +229,16 @@ impl Worker {
                 Step::Send { host, budget_ms, .. } => {
                     self.metrics.attempts.inc();
                     last = host;
-                    flight = Some(self.send(asked, host, budget_ms).boxed_local());
+                    flight = self.begin(asked, host, budget_ms);
                 }
                 Step::Cancel { host } => {
                     let cancel = self.cancel(asked.id, "", host);
                     let cancel = cancel.map(|done| News::Cancelled(done.is_ok()));
-                    flight = Some(cancel.boxed_local());
+                    flight = Flight::Slow(cancel.boxed_local());
                 }
                 Step::Wait { until } => {
                     let until = self.instant(until);
-                    let Some(under_way) = &mut flight else {
-                        tokio::time::sleep_until(until).await;
-                        continue;
-                    };
-                    if let Ok(news) = tokio::time::timeout_at(until, under_way).await {
-                        flight = None;
+                    if let Ok(news) = tokio::time::timeout_at(until, &mut flight).await {
                         self.tell(&mut launch, last, news);
                     }
                 }
@@ -221,6 +262,24 @@ impl Worker {
         });
     }
 
+    /// Sends a launch to a host: at once where there is a connection, else after a dial.
+    fn begin<'a>(
+        self: &'a Rc<Self>,
+        asked: &'a Asked<'_>,
+        host: HostId,
+        budget_ms: u32,
+    ) -> Flight<'a> {
+        let link = self.addr_of(host).and_then(|addr| self.pool.open(host, addr.into()));
+        let Some(link) = link else {
+            return Flight::Slow(self.send(asked, host, budget_ms).boxed_local());
+        };
+        let head = LaunchHead { budget_ms, named: asked.head.named };
+        match link.lane.launch(head, asked.request) {
+            Ok(reply) => Flight::Launch { reply, _outstanding: link.outstanding() },
+            Err(lost) => Flight::Slow(std::future::ready(news_of(Err(lost))).boxed_local()),
+        }
+    }
+
     /// Sends a launch to a host and waits for what becomes of it. A dial takes a part of the wait only, so that a host
     /// that does not answer dials is known as not reached rather than as silent.
     pub(crate) async fn send(
@@ -238,20 +297,11 @@ impl Worker {
             Ok(link) => link,
             Err(fault) => return News::NotSent(fault),
         };
-        let outstanding = link.outstanding();
+        let _outstanding = link.outstanding();
         let head = LaunchHead { budget_ms, named: asked.head.named };
-        let reply = match link.lane.launch(head, asked.request) {
-            Ok(reply) => reply.await,
-            Err(lost) => Err(lost),
-        };
-        drop(outstanding);
-        match reply {
-            Ok(reply) => News::Reply(reply),
-            Err(LaunchLost::NotSent(fault)) => News::NotSent(fault),
-            Err(LaunchLost::Unknown(fault)) => {
-                tracing::debug!(%host, launch = %asked.id, %fault, "a launch went unanswered");
-                News::Lost
-            }
+        match link.lane.launch(head, asked.request) {
+            Ok(reply) => news_of(reply.await),
+            Err(lost) => news_of(Err(lost)),
         }
     }
 
