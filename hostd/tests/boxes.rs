@@ -31,6 +31,10 @@ fn main() {
         ("a_cancelled_launch_leaves_nothing", a_cancelled_launch_leaves_nothing),
         ("output_beyond_the_log_is_lost_and_counted", output_beyond_the_log_is_lost_and_counted),
         ("a_killed_hostd_takes_its_boxes_up_again", a_killed_hostd_takes_its_boxes_up_again),
+        (
+            "a_kill_at_any_moment_loses_and_doubles_nothing",
+            a_kill_at_any_moment_loses_and_doubles_nothing,
+        ),
         ("a_killed_spawner_leaves_nothing", a_killed_spawner_leaves_nothing),
         (
             "a_torn_journal_opens_and_nothing_stays_unowned",
@@ -326,6 +330,58 @@ fn a_killed_hostd_takes_its_boxes_up_again() {
         place::read_until(&mut recv, &mut said, "word").await;
         assert_eq!(exited(&placer, id).await.code, 5);
     });
+    place.end();
+}
+
+/// FAULTS O1 and Q1: hostd is killed while a dozen launches are at every step of theirs; each is asked again after.
+fn a_kill_at_any_moment_loses_and_doubles_nothing() {
+    const LAUNCHES: u128 = 12;
+    let mut place = Place::new();
+    let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()));
+    println!("seed {seed} (SEED=... replays)");
+    let mut state = seed;
+    for round in 0..6u128 {
+        let asked: Vec<_> = (0..LAUNCHES)
+            .map(|n| request(1 + round * LAUNCHES + n, "img", &["sleep", "333"]))
+            .collect();
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let moment = Duration::from_micros((state >> 33) % 40_000);
+        let before = block_on(async {
+            let placer = place.placer().await;
+            let head = wire::launch::LaunchHead::new(10_000);
+            let bodies: Vec<_> = asked.iter().map(|request| request.to_bytes()).collect();
+            let launches = bodies.iter().map(|body| stream::launch(&placer, head, body));
+            let killed = async {
+                tokio::time::sleep(moment).await;
+                place.kill_hostd();
+                // What is lost is lost at once: the peer that could say more is gone.
+                placer.close(0u32.into(), b"killed");
+            };
+            tokio::join!(futures::future::join_all(launches), killed).0
+        });
+        place.start_hostd();
+        block_on(async {
+            let placer = place.placer().await;
+            let mut ids = std::collections::BTreeSet::new();
+            for (request, before) in asked.iter().zip(before) {
+                let again = started(&placer, request).await;
+                if let Ok(LaunchReply::Started(before)) = before {
+                    assert_eq!(before.sandbox, again.sandbox, "an answer stays true");
+                    assert_eq!(inspect(&placer, again.sandbox).await.state, State::Running);
+                }
+                ids.insert(again.sandbox);
+            }
+            assert_eq!(ids.len(), asked.len());
+            assert_eq!(place.boxes_of_programs("sleep"), ids.len(), "round {round}");
+            for id in ids {
+                call(&placer, &Call::Kill { sandbox: id, signal: 0 }).await.unwrap();
+                exited(&placer, id).await;
+            }
+            assert_eq!(place.boxes_of_programs("sleep"), 0);
+        });
+    }
     place.end();
 }
 

@@ -10,9 +10,9 @@ use std::{
 };
 
 use wire::{
-    CapacityWord, Code, Fault, HostId, Incarnation, LaunchId, SandboxId, Seq, ShapeId, Stamp,
+    Code, Fault, HostId, Incarnation, LaunchId, SandboxId, Seq, ShapeId,
     call::{Exit, ExitWhy, State},
-    launch::{Refused, Started, Steps, VisibleAt},
+    launch::{Refused, Started, Steps},
     limits::SHAPES_MAX,
 };
 
@@ -97,20 +97,20 @@ pub enum Cancelled {
 /// One host.
 #[derive(Debug)]
 pub struct Host<N> {
-    host: HostId,
-    incarnation: Incarnation,
-    admission: Admission,
-    launches: Launches,
-    sandboxes: HashMap<u64, Sandbox<N>, Seeded>,
+    pub(crate) host: HostId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) admission: Admission,
+    pub(crate) launches: Launches,
+    pub(crate) sandboxes: HashMap<u64, Sandbox<N>, Seeded>,
     /// Live sandboxes a shape.
-    live: [u32; SHAPES_MAX],
+    pub(crate) live: [u32; SHAPES_MAX],
     /// When to look at which sandbox. May hold entries of times long changed.
     due: BinaryHeap<Reverse<(u64, u64)>>,
     ended: VecDeque<u64>,
     deeds: VecDeque<Deed>,
     drain_at_ms: Option<u64>,
     made: u64,
-    next_seq: Seq,
+    pub(crate) next_seq: Seq,
 }
 
 /// Bits of a sandbox's local id that count within one incarnation.
@@ -459,7 +459,7 @@ impl<N> Host<N> {
         self.deeds.pop_front()
     }
 
-    fn arm(&mut self, local: u64) {
+    pub(crate) fn arm(&mut self, local: u64) {
         if let Some((at_ms, _)) = self.sandboxes.get(&local).and_then(Sandbox::due) {
             self.due.push(Reverse((at_ms, local)));
         }
@@ -470,22 +470,6 @@ impl<N> Host<N> {
         self.admission.give(&self.live);
     }
 
-    /// Takes up a sandbox that lived on while the daemon was away. Its slot is taken even beyond the budget.
-    pub fn adopt(&mut self, body: BodyHash, fate: Fate, sandbox: Sandbox<N>) {
-        let (local, launch_id) = (sandbox.id.local, sandbox.launch_id);
-        self.admission.occupy(sandbox.shape);
-        self.live[sandbox.shape.index()] += 1;
-        self.launches.remember(launch_id, body, fate);
-        self.sandboxes.insert(local, sandbox);
-        self.arm(local);
-    }
-
-    /// Remembers a launch of an earlier start of the daemon of which nothing lives.
-    pub fn recall(&mut self, now_ms: u64, launch_id: LaunchId, body: BodyHash, fate: Fate) {
-        self.launches.remember(launch_id, body, fate);
-        self.launches.release(now_ms, launch_id);
-    }
-
     fn sandbox_id(&self, local: u64) -> SandboxId {
         SandboxId { host: self.host, local }
     }
@@ -493,59 +477,6 @@ impl<N> Host<N> {
     /// Says which heartbeat is the next, so that answers can name it.
     pub fn set_next_seq(&mut self, seq: Seq) {
         self.next_seq = seq;
-    }
-
-    /// The first heartbeat that counts what is admitted now.
-    #[must_use]
-    pub const fn visible_at(&self) -> VisibleAt {
-        VisibleAt { incarnation: self.incarnation, seq: self.next_seq }
-    }
-
-    /// The capacity word now. Its stamp is that of the last heartbeat: it corrects it and is replaced by the next.
-    #[must_use]
-    pub fn word(&self) -> CapacityWord {
-        self.admission.word(Stamp::of(Seq(self.next_seq.0.wrapping_sub(1))))
-    }
-
-    /// Its budget and flags.
-    #[must_use]
-    pub const fn admission(&self) -> &Admission {
-        &self.admission
-    }
-
-    /// What is known of launches.
-    #[must_use]
-    pub const fn launches(&self) -> &Launches {
-        &self.launches
-    }
-
-    /// Its name.
-    #[must_use]
-    pub const fn id(&self) -> HostId {
-        self.host
-    }
-
-    /// Sandboxes that take a slot.
-    #[must_use]
-    pub fn running(&self) -> u32 {
-        self.live.iter().sum()
-    }
-
-    /// Whether a drain is over: nothing is taken in and nothing runs.
-    #[must_use]
-    pub fn drained(&self) -> bool {
-        self.admission.draining() && self.running() == 0
-    }
-
-    /// A sandbox, live or remembered.
-    #[must_use]
-    pub fn sandbox(&self, local: u64) -> Option<&Sandbox<N>> {
-        self.sandboxes.get(&local)
-    }
-
-    /// All sandboxes, live or remembered, in no order.
-    pub fn sandboxes(&self) -> impl Iterator<Item = &Sandbox<N>> {
-        self.sandboxes.values()
     }
 }
 

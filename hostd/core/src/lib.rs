@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admission;
+mod again;
 pub mod beat;
 pub mod hash;
 pub mod host;
@@ -18,7 +19,10 @@ pub mod sandbox;
 pub mod shapes;
 
 #[cfg(test)]
+mod beat_tests;
+#[cfg(test)]
 mod host_tests;
+mod view;
 
 pub use admission::{Admission, Resources};
 pub use beat::{Beat, BeatConfig};

@@ -4,6 +4,7 @@
 //! is taken up, what only the spawner knows is killed, what only the journal knows has ended. News of the spawner
 //! may overtake the answers that they belong to; both orders are handled ([`Real::early`]).
 
+mod adopt;
 mod ask;
 mod start;
 
@@ -15,16 +16,16 @@ use std::{
     time::Duration,
 };
 
-use hostd_core::{Fate, Sandbox, limits::REMEMBER_MS};
+use hostd_core::{Sandbox, limits::REMEMBER_MS};
 use hostd_sandbox::{Event, Events, ExitStatus, Live, Spawner, StartError};
 use tokio::sync::oneshot;
 use wire::{
-    Code, Fault, HostId, LaunchId, SandboxId, ShapeId,
+    Code, Fault, HostId, LaunchId, SandboxId,
     call::{Exit, ExitWhy, State},
-    launch::{LaunchRequest, Started, Steps},
 };
 
 pub(crate) use self::{
+    adopt::adopt,
     ask::{connect, end_input, exec, file, open_read, open_write, os_fault, resize, signal, stats},
     start::start,
 };
@@ -33,7 +34,7 @@ use crate::{
     config::{Config, HostConfig},
     host::{Backend, HostCell},
     images::Images,
-    journal::{Journal, Left, Past, Row, Stage},
+    journal::{Journal, Left, Row, Stage},
     note::Note,
     runtime::spawn,
 };
@@ -228,105 +229,6 @@ fn join(boxes: &hostd_sandbox::Config) -> Result<hostd_sandbox::Joined, Fault> {
         Err(error) => tracing::warn!(%error, "what a dead spawner left could not be swept"),
     }
     Spawner::connect_or_start(boxes).map_err(|error| start_fault(&error))
-}
-
-/// Takes up what an earlier start left, and listens to the spawner from then on.
-///
-/// # Errors
-/// Why that is not possible: the host must not serve.
-pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
-    let Backend::Real(real) = &cell.backend else { return Ok(()) };
-    let mut found = real.found.take();
-    let now_ms = clock::now_ms();
-    let mut live: HashMap<u64, Live> = HashMap::new();
-    for one in found.live {
-        let id = sandbox_id(one.id);
-        if id.host == real.host {
-            live.insert(id.local, one)
-        } else {
-            None
-        };
-    }
-    let mut exited: HashMap<u64, Exit> =
-        found.exited.iter().map(|one| (sandbox_id(one.id).local, exit_of(one.status))).collect();
-    for (launch_id, past) in found.left.launches {
-        let (body, fate) = match past {
-            Past::Cancelled => ([0; 16], Fate::Cancelled),
-            Past::Failed(body, fault) => (body, Fate::Failed(Box::new(fault))),
-        };
-        cell.core.borrow_mut().recall(now_ms, launch_id, body, fate);
-        // There is no row of a sandbox under zero.
-        real.forget_later(now_ms, 0, launch_id);
-    }
-    found.left.sandboxes.sort_unstable_by_key(|(local, _)| *local);
-    for (local, row) in found.left.sandboxes {
-        let lives = live.remove(&local);
-        let note = take_up(cell, local, &row, lives.as_ref().is_some_and(|live| live.paused));
-        let Some(note) = note else { continue };
-        match (lives, row.stage) {
-            (Some(_), _) => reattach(cell, real, &note, &row).await,
-            (None, Stage::Ended(_, exit)) => ended(cell, real, now_ms, local, exit),
-            (None, Stage::Live) => {
-                let lost = Exit { code: 137, why: ExitWhy::Lost };
-                ended(cell, real, now_ms, local, exited.remove(&local).unwrap_or(lost));
-            }
-        }
-    }
-    let spawner = real.spawner()?;
-    for one in found.exited {
-        let _ = spawner.forget(one.id).await;
-    }
-    for one in live.into_values() {
-        tracing::warn!(id = %sandbox_id(one.id), "a box that no launch owns is ended");
-        let _ = spawner.kill(one.id).await;
-    }
-    if let Some(events) = found.events.take() {
-        spawn(listen(Rc::clone(cell), events));
-    }
-    cell.act(now_ms);
-    Ok(())
-}
-
-fn take_up(cell: &Rc<HostCell>, local: u64, row: &Row, paused: bool) -> Option<Rc<Note>> {
-    let shape = ShapeId::new(row.shape)?;
-    let id = SandboxId { host: cell.id, local };
-    let note = Rc::new(Note::new(id, &row.request));
-    let mut core = cell.core.borrow_mut();
-    let (word, visible_at) = (core.word(), core.visible_at());
-    let started = Started { sandbox: id, visible_at, word, steps: Steps::default() };
-    note.outcome.set(wire::launch::LaunchReply::Started(started));
-    let sandbox = Sandbox {
-        id,
-        launch_id: row.launch_id,
-        shape,
-        state: if paused { State::Paused } else { State::Running },
-        admitted_ms: row.admitted_ms,
-        hard_at_ms: (row.hard_at_ms > 0).then_some(row.hard_at_ms),
-        idle_ms: row.idle_ms,
-        used_ms: clock::now_ms(),
-        lapse_at_ms: None,
-        ending: None,
-        drop_at_ms: None,
-        note: Rc::clone(&note),
-    };
-    core.adopt(row.body, Fate::Started(started), sandbox);
-    Some(note)
-}
-
-/// Attaches to what a living sandbox says, and holds its image.
-async fn reattach(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, row: &Row) {
-    let Ok(spawner) = real.spawner() else { return };
-    match spawner.stdio(box_id(note.id)).await {
-        Ok(stdio) => start::enter_main(cell, note, stdio),
-        Err(error) => tracing::warn!(id = %note.id, %error, "output of a box cannot be had again"),
-    }
-    if let Ok(request) = LaunchRequest::from_bytes(&row.request) {
-        match real.images.mount_again(&request.tenant, row.image).await {
-            Ok(image) => drop(note.image.borrow_mut().replace(image)),
-            Err(fault) => tracing::warn!(id = %note.id, %fault, "an image in use was not mounted"),
-        }
-    }
-    tracing::info!(id = %note.id, "taken up again");
 }
 
 /// A sandbox of this host has ended, and nothing of it is left.
