@@ -6,8 +6,9 @@
 
 use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
-use bench::launch::{Claim, Load, Options};
+use bench::launch::{Carrier, Claim, Load, Options};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use volley_client::Code;
 
@@ -32,7 +33,88 @@ pub(crate) struct Flags {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Launches a second, and how long one takes.
-    Launch(LaunchFlags),
+    Launch(Box<LaunchFlags>),
+    /// Picks a second over a map of so many hosts.
+    Pick(PickFlags),
+    /// Heartbeats a second that one thread receives and verifies.
+    Heartbeat(HeartbeatFlags),
+    /// Milliseconds to build, publish and adopt a host map.
+    Map(MapFlags),
+    /// Cores that a fleet takes, counted up from parts that are measured now.
+    Cost(CostFlags),
+}
+
+/// Flags of `volley bench pick`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley bench pick --hosts 1000000")]
+struct PickFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Sizes of the fleet.
+    #[arg(
+        long,
+        value_name = "COUNT",
+        value_delimiter = ',',
+        default_value = "10000,100000,1000000"
+    )]
+    hosts: Vec<usize>,
+    /// Rounds after one that warms up.
+    #[arg(long, value_name = "COUNT", default_value_t = 7)]
+    rounds: usize,
+}
+
+/// Flags of `volley bench heartbeat`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley bench heartbeat --hosts 100000 --rate 66700")]
+struct HeartbeatFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Hosts that send.
+    #[arg(long, value_name = "COUNT", default_value_t = 100_000)]
+    hosts: usize,
+    /// Heartbeats a second in the paced rounds.
+    #[arg(long, value_name = "RATE", default_value_t = 66_700.0)]
+    rate: f64,
+    /// Rounds after one that warms up.
+    #[arg(long, value_name = "COUNT", default_value_t = 5)]
+    rounds: usize,
+}
+
+/// Flags of `volley bench map`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley bench map --hosts 1000000 --objects dir:///tmp/objects")]
+struct MapFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Hosts in the map.
+    #[arg(long, value_name = "COUNT", default_value_t = 1_000_000)]
+    hosts: usize,
+    /// Object store that it is published to.
+    #[arg(long, value_name = "URL", default_value = "mem://")]
+    objects: String,
+    /// Rounds.
+    #[arg(long, value_name = "COUNT", default_value_t = 5)]
+    rounds: usize,
+}
+
+/// Flags of `volley bench cost`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley bench cost --hosts 1000000 --launches 1000000")]
+struct CostFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Hosts of the fleet that is counted up.
+    #[arg(long, value_name = "COUNT", default_value_t = 1e6)]
+    hosts: f64,
+    /// Its launches a second.
+    #[arg(long, value_name = "RATE", default_value_t = 1e6)]
+    launches: f64,
+    /// Rows a second that a core of the database takes, where that was measured.
+    #[arg(long, value_name = "RATE")]
+    rows_a_core: Option<f64>,
+    /// Small and short.
+    #[arg(long)]
+    quick: bool,
 }
 
 /// Flags of `volley bench launch`.
@@ -75,6 +157,9 @@ struct LaunchFlags {
     /// Threads that offer load.
     #[arg(long, value_name = "COUNT", default_value_t = 1)]
     threads: usize,
+    /// A stream a launch, instead of lanes that carry many.
+    #[arg(long)]
+    streams: bool,
     /// Connections to the placer; 0 for as many as the load needs.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     connections: usize,
@@ -98,7 +183,42 @@ struct LaunchFlags {
 /// `volley bench ...`.
 pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
     match &flags.what {
-        What::Launch(flags) => launch(flags).map(|()| ExitCode::SUCCESS),
+        What::Launch(flags) => launch(flags)?,
+        What::Pick(flags) => {
+            let options = bench::pick::Options {
+                hosts: flags.hosts.clone(),
+                rounds: flags.rounds,
+                ..bench::pick::Options::default()
+            };
+            figures(flags.output, &bench::pick::run(&options)?)?;
+        }
+        What::Heartbeat(flags) => {
+            let options = bench::heartbeat::Options {
+                hosts: flags.hosts,
+                rate: flags.rate,
+                rounds: flags.rounds,
+                ..bench::heartbeat::Options::default()
+            };
+            figures(flags.output, &bench::heartbeat::run(&options)?)?;
+        }
+        What::Map(flags) => {
+            let options = bench::map::Options {
+                hosts: flags.hosts,
+                objects: flags.objects.clone(),
+                rounds: flags.rounds,
+                ..bench::map::Options::default()
+            };
+            figures(flags.output, &bench::map::run(&options)?)?;
+        }
+        What::Cost(flags) => cost(flags)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn figures<T: Serialize + Display>(output: Output, report: &T) -> Result<(), Failure> {
+    match output.output {
+        Form::Json => show::json(report),
+        Form::Table => print(report.to_string().trim_end()),
     }
 }
 
@@ -118,6 +238,7 @@ impl LaunchFlags {
             duration: self.duration,
             warm_up: self.warm_up,
             ceiling: self.ceiling,
+            carrier: if self.streams { Carrier::Stream } else { Carrier::Lane },
             threads: self.threads,
             connections: self.connections,
             image: self.image.clone(),
@@ -144,55 +265,93 @@ fn launch(flags: &LaunchFlags) -> Result<(), Failure> {
         };
         return measure(flags, base, &stop);
     }
-    if flags.boxes == Boxes::Real {
-        dev::need_root()?;
-    }
-    let scratch = tempfile::tempdir().map_err(|error| Failure::io("scratch directory", &error))?;
-    let state = flags.state.clone().unwrap_or_else(|| scratch.path().to_owned());
-    let wanted = Wanted {
-        hosts: flags.hosts,
-        packed: flags.boxes == Boxes::None,
-        boxes: flags.boxes,
-        store: None,
-        objects: None,
-        port: None,
-    };
-    let fleet = Fleet::lay_out(&wanted, &state)?;
-    let mut roles = dev::start(&fleet)?;
-    let measured = on_fleet(flags, &fleet, &mut roles, &stop);
-    dev::put_down(&mut roles);
-    measured
+    let made = Made { hosts: flags.hosts, boxes: flags.boxes, state: flags.state.as_deref() };
+    made.run(&stop, |base| measure(flags, base, &stop))
 }
 
-fn on_fleet(
-    flags: &LaunchFlags,
-    fleet: &Fleet,
-    roles: &mut [dev::child::Role],
-    stop: &CancellationToken,
-) -> Result<(), Failure> {
-    let operator = Session::over(&fleet.client, true)?;
-    dev::await_hosts(&operator, flags.hosts, roles, stop)?;
-    if flags.boxes == Boxes::Real {
-        dev::prepare(fleet)?;
+/// The cost model, on a fleet of eight hosts without sandboxes.
+fn cost(flags: &CostFlags) -> Result<(), Failure> {
+    let stop = CancellationToken::new();
+    role::stop_on_signal(stop.clone())?;
+    let made = Made { hosts: 8, boxes: Boxes::None, state: None };
+    made.run(&stop, |base| {
+        let launch = Options { load: Load::Closed { in_flight: 1_024 }, hosts: 8, ..base };
+        let options = bench::cost::Options {
+            launch: Some(launch),
+            hosts: flags.hosts,
+            launches: flags.launches,
+            rows_a_core: flags.rows_a_core,
+            quick: flags.quick,
+        };
+        let model = dev::meanwhile(|| stopped(&stop), move || bench::cost::run(&options))??;
+        figures(flags.output, &model)
+    })
+}
+
+/// A fleet that is made for one bench.
+struct Made<'a> {
+    hosts: u16,
+    boxes: Boxes,
+    state: Option<&'a Path>,
+}
+
+impl Made<'_> {
+    /// Brings it up, measures, takes it down.
+    fn run(
+        &self,
+        stop: &CancellationToken,
+        measure: impl FnOnce(Options) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        if self.boxes == Boxes::Real {
+            dev::need_root()?;
+        }
+        let scratch =
+            tempfile::tempdir().map_err(|error| Failure::io("scratch directory", &error))?;
+        let wanted = Wanted {
+            hosts: self.hosts,
+            packed: self.boxes == Boxes::None,
+            boxes: self.boxes,
+            store: None,
+            objects: None,
+            port: None,
+        };
+        let fleet = Fleet::lay_out(&wanted, self.state.unwrap_or(scratch.path()))?;
+        let mut roles = dev::start(&fleet)?;
+        let measured = self
+            .settle(&fleet, &mut roles, stop)
+            .and_then(|()| measure(dev::options(&fleet, &roles)));
+        dev::put_down(&mut roles);
+        measured
     }
-    // The placer has the map when a launch gets through.
-    let session = Session::over(&fleet.client, false)?;
-    session.block(dev::first_launch(&session, &["true"]))?;
-    drop((session, operator));
-    measure(flags, dev::options(fleet, roles), stop)
+
+    /// Waits until a launch gets through: then the placer has the map.
+    fn settle(
+        &self,
+        fleet: &Fleet,
+        roles: &mut [dev::child::Role],
+        stop: &CancellationToken,
+    ) -> Result<(), Failure> {
+        let operator = Session::over(&fleet.client, true)?;
+        dev::await_hosts(&operator, self.hosts, roles, stop)?;
+        if self.boxes == Boxes::Real {
+            dev::prepare(fleet)?;
+        }
+        let session = Session::over(&fleet.client, false)?;
+        session.block(dev::first_launch(&session, &["true"])).map(drop)
+    }
+}
+
+fn stopped(stop: &CancellationToken) -> Result<(), Failure> {
+    if stop.is_cancelled() {
+        return Err(Failure::new(Code::Cancelled, "stopped before it was measured"));
+    }
+    Ok(())
 }
 
 fn measure(flags: &LaunchFlags, base: Options, stop: &CancellationToken) -> Result<(), Failure> {
     let options = flags.options(base);
-    let tend = || match stop.is_cancelled() {
-        true => Err(Failure::new(Code::Cancelled, "stopped before it was measured")),
-        false => Ok(()),
-    };
-    let report = dev::meanwhile(tend, move || bench::launch::run(&options))??;
-    match flags.output.output {
-        Form::Json => show::json(&report)?,
-        Form::Table => print(report.to_string().trim_end())?,
-    }
+    let report = dev::meanwhile(|| stopped(stop), move || bench::launch::run(&options))??;
+    figures(flags.output, &report)?;
     if report.achieved.started == 0 {
         let first = report.first_fault.unwrap_or_else(|| "no reason was kept".to_owned());
         return Err(Failure::new(Code::FleetFailing, format!("no launch started: {first}")));

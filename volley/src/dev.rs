@@ -17,7 +17,7 @@ use std::{
 
 use bench::launch::{Claim, Load, Report};
 use clap::Args;
-use hostd_image::{PrepareSpec, Source};
+use hostd_image::{PrepareSpec, RegistryAccess, Source};
 use tokio_util::sync::CancellationToken;
 use volley_client::{Code, LaunchSpec};
 
@@ -40,6 +40,9 @@ const FIRST: &str = "echo \"hello from pid $$ of a sandbox\"; id; uname -sr; ls 
 
 /// Time for all hosts to be known and launchable.
 const FLEET_READY_MAX: Duration = Duration::from_secs(15);
+
+/// Time for which a ceiling is measured.
+const CEILING: Duration = Duration::from_millis(500);
 
 /// Time that a burst may take.
 const BURST_MAX: Duration = Duration::from_secs(60);
@@ -252,7 +255,7 @@ pub(crate) fn prepare(fleet: &Fleet) -> Result<usize, Failure> {
         arch: hostd_image::host_arch().to_owned(),
     };
     let quiet = !std::io::stderr().is_terminal();
-    image::prepare_into(fleet.client.objects()?, spec, quiet)?;
+    image::prepare_into(fleet.client.objects()?, spec, RegistryAccess::default(), quiet)?;
     Ok(programs.len())
 }
 
@@ -321,9 +324,11 @@ fn fire(
     roles: &mut [Role],
     stop: &CancellationToken,
 ) -> Result<(), Failure> {
-    let (claim, in_flight) = match flags.boxes {
-        Boxes::Real => (Claim::ProgramsRunning, 32),
-        Boxes::None => (Claim::LaunchesAccepted, 256),
+    // The ceiling of launches without sandboxes is the transport's; that of real ones is what this machine starts of
+    // the same program without any sandbox.
+    let (claim, in_flight, ceiling) = match flags.boxes {
+        Boxes::Real => (Claim::ProgramsRunning, 32, Duration::ZERO),
+        Boxes::None => (Claim::LaunchesAccepted, 256, CEILING),
     };
     let options = bench::launch::Options {
         claim,
@@ -336,13 +341,44 @@ fn fire(
         lifetime: Duration::from_secs(10),
         budget: Duration::from_secs(10),
         hosts: usize::from(flags.hosts),
-        ceiling: Duration::from_millis(500),
+        ceiling,
         progress: std::io::stderr().is_terminal(),
         ..options(fleet, roles)
     };
     let report = meanwhile(|| tend(roles, stop), move || bench::launch::run(&options))??;
     print(format!("burst of {} launches:\n{report}", flags.burst).trim_end())?;
+    if flags.boxes == Boxes::Real {
+        let bare = meanwhile(|| tend(roles, stop), bare_starts)??;
+        print(&format!(
+            "  ceiling    bare fork+exec of true, no sandbox: {bare:.0}/s (we are at {:.0} %)",
+            100.0 * report.launches_per_second / bare.max(1.0)
+        ))?;
+    }
     judge(&report)
+}
+
+/// Programs that this machine starts and reaps a second without any sandbox, on all cores.
+fn bare_starts() -> Result<f64, Failure> {
+    let begun = Instant::now();
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let starts = (0..cores).map(|_| {
+        std::thread::spawn(move || {
+            let mut count = 0u32;
+            while begun.elapsed() < CEILING {
+                let mut program = std::process::Command::new("true");
+                program.status().map_err(|error| Failure::io("cannot run `true`", &error))?;
+                count += 1;
+            }
+            Ok::<_, Failure>(count)
+        })
+    });
+    let mut all = 0;
+    for thread in starts.collect::<Vec<_>>() {
+        let ended = thread.join();
+        all +=
+            ended.map_err(|_| Failure::new(Code::Internal, "the ceiling ended in a panic"))??;
+    }
+    Ok(f64::from(all) / begun.elapsed().as_secs_f64())
 }
 
 /// What every bench of a fleet of ours says of it.

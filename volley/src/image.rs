@@ -3,13 +3,16 @@
 //! Preparing reads a source on this machine and writes to the fleet's object store; no daemon takes part. A tenant's images
 //! are his trust domain: nothing is shared with, or seen by, another's. Left out: pushing images anywhere else.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
-use hostd_image::{ImageError, PrepareError, PrepareSpec, Rule, Source};
+use hostd_image::{ImageError, PrepareError, PrepareSpec, RegistryAccess, Rule, Source};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use wire::Code;
@@ -30,16 +33,21 @@ pub(crate) enum Command {
     Ls(ListFlags),
     /// Shows all that is known of an image.
     Inspect(InspectFlags),
+    /// Removes an image's name; its bytes go with the sweeps after.
+    Rm(RemoveFlags),
+    /// Sweeps the store: images without a name, packs without an image, after a time of grace.
+    Gc(SweepFlags),
 }
 
 /// Flags of `volley image prepare`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Sources: an OCI layout directory, what `docker save` wrote, a root file system as tar or directory. A prefix settles
-what a path is: oci:, archive:, tar:, dir:.
+Sources: an OCI layout directory, what `docker save` wrote, a root file system as tar or directory, a reference in a
+registry. A prefix settles what is meant: oci:, archive:, tar:, dir:, docker://.
 Examples:
   volley image prepare ./rootfs --name debian
-  volley image prepare archive:python.tar --name python:3.12")]
+  volley image prepare archive:python.tar --name python:3.12
+  volley image prepare docker://docker.io/library/busybox:latest --name busybox")]
 pub(crate) struct PrepareFlags {
     #[command(flatten)]
     client: ClientFlags,
@@ -51,8 +59,40 @@ pub(crate) struct PrepareFlags {
     /// Processor of the hosts, in OCI's words.
     #[arg(long, value_name = "ARCH", default_value = hostd_image::host_arch())]
     arch: String,
+    /// User at the registry; the password is in VOLLEY_REGISTRY_PASSWORD.
+    #[arg(long, value_name = "USER")]
+    registry_user: Option<String>,
+    /// Speak plain HTTP to the registry (one on this machine).
+    #[arg(long)]
+    plain_http: bool,
     /// Where the image comes from.
     source: String,
+}
+
+/// Flags of `volley image rm`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley image rm python:3.12")]
+pub(crate) struct RemoveFlags {
+    #[command(flatten)]
+    client: ClientFlags,
+    /// Its name.
+    name: String,
+}
+
+/// Flags of `volley image gc`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+A sweep marks what nothing needs; a later sweep removes what was marked longer ago than the grace.
+Example:
+  volley image gc --grace 24h")]
+pub(crate) struct SweepFlags {
+    #[command(flatten)]
+    client: ClientFlags,
+    #[command(flatten)]
+    output: Output,
+    /// Time that must pass between mark and removal: longer than any prepare takes.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = humantime::parse_duration)]
+    grace: Duration,
 }
 
 /// Flags of `volley image ls`.
@@ -83,6 +123,8 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
         Command::Prepare(flags) => prepare(&flags),
         Command::Ls(flags) => list(&flags),
         Command::Inspect(flags) => inspect(&flags),
+        Command::Rm(flags) => remove(&flags),
+        Command::Gc(flags) => sweep(&flags),
     }
 }
 
@@ -116,6 +158,7 @@ impl Prepared {
 pub(crate) fn prepare_into(
     objects: &str,
     spec: PrepareSpec,
+    access: RegistryAccess,
     quiet: bool,
 ) -> Result<Prepared, Failure> {
     let runtime = runtime()?;
@@ -128,7 +171,7 @@ pub(crate) fn prepare_into(
                 watched.stop.store(true, Ordering::Relaxed);
             }
         });
-        let done = hostd_image::prepare_spec(store, spec, Arc::clone(&bar) as _).await;
+        let done = hostd_image::prepare_with(store, spec, access, Arc::clone(&bar) as _).await;
         interrupted.abort();
         done.map_err(Failure::from)
     });
@@ -157,8 +200,13 @@ fn prepare(flags: &PrepareFlags) -> Result<(), Failure> {
         Failure::new(Code::Config, "the source gives no name to the image").hint("give --name NAME")
     })?;
     let spec = PrepareSpec { domain: tenant(&file)?, name, source, arch: flags.arch.clone() };
+    let password = || std::env::var("VOLLEY_REGISTRY_PASSWORD").unwrap_or_default();
+    let access = RegistryAccess {
+        login: flags.registry_user.clone().map(|user| (user, password())),
+        plain_http: flags.plain_http,
+    };
     let json = flags.output.output == show::Form::Json;
-    let prepared = prepare_into(file.objects()?, spec, json)?;
+    let prepared = prepare_into(file.objects()?, spec, access, json)?;
     if json { show::json(&prepared) } else { show::print(&prepared.line()) }
 }
 
@@ -238,6 +286,39 @@ fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
     show::one(flags.output, &row, &pairs)
 }
 
+fn remove(flags: &RemoveFlags) -> Result<(), Failure> {
+    let file = ClientFile::load(&flags.client)?;
+    let store = wire_net::objects::open(file.objects()?)?;
+    let tenant = tenant(&file)?;
+    runtime()?.block_on(hostd_image::remove_name(store, &tenant, &flags.name))?;
+    show::print(&flags.name)
+}
+
+fn sweep(flags: &SweepFlags) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    struct Row {
+        kept: u64,
+        waiting: u64,
+        removed: u64,
+        removed_bytes: u64,
+    }
+    let file = ClientFile::load(&flags.client)?;
+    let store = wire_net::objects::open(file.objects()?)?;
+    let swept = runtime()?.block_on(hostd_image::gc(store, flags.grace))?;
+    let row = Row {
+        kept: swept.kept,
+        waiting: swept.waiting,
+        removed: swept.removed,
+        removed_bytes: swept.removed_bytes,
+    };
+    let pairs = [
+        ("needed", show::count(row.kept)),
+        ("marked, not removed yet", show::count(row.waiting)),
+        ("removed", format!("{}, {}", show::count(row.removed), show::bytes(row.removed_bytes))),
+    ];
+    show::one(flags.output, &row, &pairs)
+}
+
 fn tenant(file: &ClientFile) -> Result<String, Failure> {
     file.tenant.clone().ok_or_else(|| {
         Failure::new(Code::Config, "it is not said whose image it is")
@@ -256,7 +337,7 @@ impl From<PrepareError> for Failure {
             PrepareError::Name(_) => Code::BadRequest,
             PrepareError::Store(_) => Code::Storage,
             PrepareError::Stopped => Code::Cancelled,
-            PrepareError::Registry(_) => Code::Unsupported,
+            PrepareError::Registry(_) => Code::Unreachable,
             _ => Code::Internal,
         };
         let failure = Self::new(code, error.to_string());
@@ -271,8 +352,8 @@ impl From<PrepareError> for Failure {
                 failure.hint("check that the source can be read whole, then try again")
             }
             Code::Cancelled => failure.hint("prepare it again when you like"),
-            Code::Unsupported => {
-                failure.hint("`skopeo copy docker://... oci-archive:FILE`, then prepare the file")
+            Code::Unreachable => {
+                failure.hint("check the reference and the registry; --registry-user for private images")
             }
             _ => failure,
         }

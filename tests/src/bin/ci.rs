@@ -33,12 +33,31 @@ const STEPS: &[Step] = &[
     // Every interleaving of what is lock-free. In its own directory: the flag changes every crate.
     Step {
         name: "loom",
-        args: &["test", "--package", "placer-core", "--release", "--locked", "--target-dir"],
-        env: &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", "3")],
+        args: &[
+            "test",
+            "--package",
+            "placer-core",
+            "--release",
+            "--test",
+            "loom",
+            "--locked",
+            "--target-dir",
+        ],
+        env: &[("RUSTFLAGS", "--cfg loom")],
     },
     Step {
         name: "simulator",
-        args: &["run", "--release", "--locked", "--package", "tests-sim", "--", "lite"],
+        args: &[
+            "run",
+            "--release",
+            "--locked",
+            "--package",
+            "tests-sim",
+            "--bin",
+            "sim",
+            "--",
+            "lite",
+        ],
         env: &[],
     },
 ];

@@ -78,8 +78,9 @@ pub(crate) struct Fleet {
     pub(crate) client_path: PathBuf,
     /// The placer's metrics.
     pub(crate) placer_ops: SocketAddr,
-    /// Held while the fleet runs.
+    /// Held while the fleet runs: its directory and its ports.
     _lock: File,
+    _claim: Option<TcpListener>,
 }
 
 /// A role to start.
@@ -151,7 +152,7 @@ impl Fleet {
         for stale in ["store", "placer", "objects/map", "client.toml"] {
             remove(&state.join(stale))?;
         }
-        let ports = choose_ports(wanted)?;
+        let (ports, claim) = choose_ports(wanted)?;
         let (authority, _) = init::authority(&state)?;
         let members = Members::complete(&authority, &state, wanted.hosts)?;
         let objects = wanted.objects.clone();
@@ -177,7 +178,7 @@ impl Fleet {
         let client_path = state.join("client.toml");
         client.save(&client_path)?;
         let placer_ops = ports.ops(ports.placer());
-        Ok(Self { state, roles, client, client_path, placer_ops, _lock: lock })
+        Ok(Self { state, roles, client, client_path, placer_ops, _lock: lock, _claim: claim })
     }
 
     /// Removes what is only true while the fleet runs.
@@ -210,19 +211,22 @@ fn remove(path: &Path) -> Result<(), Failure> {
     removed.map_err(|error| Failure::io(path.display(), &error))
 }
 
-fn choose_ports(wanted: &Wanted) -> Result<Ports, Failure> {
+/// Ports, and the claim on them: the first port of a range is held, so that two fleets that start at once take
+/// different ranges.
+fn choose_ports(wanted: &Wanted) -> Result<(Ports, Option<TcpListener>), Failure> {
     if let Some(port) = wanted.port {
         // A port that is taken is told by the role that cannot have it.
-        return Ok(Ports(port));
+        return Ok((Ports(port), None));
     }
-    (0..PORT_TRIES)
-        .map(|at| Ports(PORT + at * PORT_STEP))
-        .find(|ports| ports.are_free(wanted.hosts))
-        .ok_or_else(|| {
-            let last = PORT + PORT_TRIES * PORT_STEP;
-            Failure::new(Code::Busy, format!("no free ports between {PORT} and {last}"))
-                .hint("give --port BASE")
-        })
+    for ports in (0..PORT_TRIES).map(|at| Ports(PORT + at * PORT_STEP)) {
+        let Ok(claim) = TcpListener::bind(ports.local(0)) else { continue };
+        if ports.are_free(wanted.hosts) {
+            return Ok((ports, Some(claim)));
+        }
+    }
+    let last = PORT + PORT_TRIES * PORT_STEP;
+    Err(Failure::new(Code::Busy, format!("no free ports between {PORT} and {last}"))
+        .hint("give --port BASE"))
 }
 
 /// Who is in the fleet.
