@@ -17,7 +17,7 @@ use crate::msg::{Answer, Ask, Claim, FileResult, Reply, Request, StdioFds};
 use crate::packet;
 use crate::spec::{
     ClaimSpec, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live, PoolState,
-    Program, Running, SandboxId, Stats, Stdio,
+    Program, Running, SandboxId, Shape, Stats, Stdio,
 };
 use crate::sys;
 
@@ -267,7 +267,7 @@ impl Spawner {
         self.done(Ask::Forget { id }).await
     }
 
-    /// Boxes by shape, in the order of the configuration.
+    /// Boxes by shape.
     ///
     /// # Errors
     /// The spawner is gone.
@@ -276,6 +276,20 @@ impl Spawner {
             (Answer::Pool(pools), _) => Ok(pools),
             other => Err(unexpected(&other.0)),
         }
+    }
+
+    /// Gives the spawner another list of shapes. Running sandboxes stay as they are; a shape that is not
+    /// listed takes no more claims. [`Spawner::connect_or_start`] does it with its configuration's.
+    ///
+    /// # Errors
+    /// [`Fault::BadConfig`]: nothing was changed.
+    pub async fn reshape(&self, shapes: Vec<Shape>) -> Result<(), ClaimError> {
+        self.done(Ask::Shapes(shapes)).await
+    }
+
+    /// [`Spawner::reshape`] for a thread without a runtime.
+    pub(crate) fn reshape_blocking(&self, shapes: Vec<Shape>) -> Result<(), ClaimError> {
+        block_on(self.reshape(shapes))
     }
 
     /// Ends the spawner: at once with every sandbox (`kill`), or when the last has ended. Returns

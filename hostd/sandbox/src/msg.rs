@@ -8,11 +8,11 @@ use rkyv::{Archive, Deserialize, Serialize};
 use crate::error::{Fault, Refusal};
 use crate::spec::{
     Event, ExitStatus, Exited, FileOp, FileStat, Limits, Live, PoolState, Program, SandboxId,
-    Stats, Steps,
+    Shape, Stats, Steps,
 };
 
 /// Version of everything in this file. A hostd joins only a spawner of its own version.
-pub(crate) const PROTOCOL: u32 = 2;
+pub(crate) const PROTOCOL: u32 = 3;
 
 /// hostd to spawner.
 #[derive(Archive, Serialize, Deserialize, Debug)]
@@ -64,6 +64,7 @@ pub(crate) enum Ask {
         id: SandboxId,
     },
     Pool,
+    Shapes(Vec<Shape>),
     Shutdown {
         kill: bool,
     },

@@ -415,7 +415,8 @@ pub enum FileAnswer {
     Done,
 }
 
-/// How a spawner is set up. The first hostd to start it decides; a later one joins it as it is.
+/// How a spawner is set up. The first hostd to start it decides; a later one joins it as it is, but
+/// brings its own shapes.
 #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Directory of its socket and lock. Its path is the spawner's identity.

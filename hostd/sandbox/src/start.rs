@@ -11,7 +11,7 @@ use std::process::{Command, Stdio as ChildStdio};
 use std::time::{Duration, Instant};
 
 use crate::client::{Events, Spawner};
-use crate::error::StartError;
+use crate::error::{ClaimError, StartError};
 use crate::msg::PROTOCOL;
 use crate::spawner::{ARGUMENT, LOCKED, READY, check, socket_path};
 use crate::spec::{Config, Exited, Live};
@@ -174,6 +174,13 @@ fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, Start
             theirs: welcome.protocol,
             ours: PROTOCOL,
         });
+    }
+    if !started {
+        // It began with the shapes of the hostd before this one.
+        spawner.reshape_blocking(config.shapes.clone()).map_err(|error| match error {
+            ClaimError::Unknown { .. } => StartError::Ending,
+            other => StartError::Config(other.to_string()),
+        })?;
     }
     Ok(Joined { spawner, events, live: welcome.live, exited: welcome.exited, started })
 }

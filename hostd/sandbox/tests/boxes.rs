@@ -38,6 +38,7 @@ fn main() {
         ("a_port_of_the_box", a_port_of_the_box),
         ("pause_and_resume", pause_and_resume),
         ("ids_and_pools", ids_and_pools),
+        ("shapes_change_under_running_boxes", shapes_change_under_running_boxes),
         ("steps_are_in_order", steps_are_in_order),
     ]);
 }
@@ -450,6 +451,31 @@ fn ids_and_pools() {
             break;
         }
     }
+}
+
+fn shapes_change_under_running_boxes() {
+    let mut place = place(2);
+    let main = place.claim(Program::new(["sleep", "1000"])).unwrap();
+    let mut large = house::shape(1);
+    large.name = "large".into();
+    let small = hostd_sandbox::Shape { pids: 16, ..house::shape(1) };
+    wait(place.spawner.reshape(vec![small.clone(), large.clone()])).unwrap();
+    let mut spec = place.spec(Program::new(["true"]));
+    spec.shape = "large".into();
+    let ran = wait(place.spawner.claim(spec)).unwrap();
+    assert_eq!(place.exited(ran.id).shape, "large");
+    // A box parked before the change is not handed out after it.
+    let (_, _, exited) = place.shell("for i in $(seq 40); do sleep 100 & done; true");
+    assert_ne!(exited.status.code, Some(0), "more than 16 processes");
+    // One that is not listed takes no claims; its boxes run on.
+    wait(place.spawner.reshape(vec![large])).unwrap();
+    let refused = place.claim(Program::new(["true"])).unwrap_err();
+    assert_eq!(refused, Refusal::NoShape { shape: "small".into() }.into());
+    assert_eq!(wait(place.spawner.pool()).unwrap().len(), 1);
+    assert_eq!(wait(place.spawner.running()).unwrap().0[0].id, main.id);
+    let bad = hostd_sandbox::Shape { pids: 1, ..small };
+    let refused = wait(place.spawner.reshape(vec![bad])).unwrap_err();
+    assert!(matches!(refused, ClaimError::Failed(Fault::BadConfig { .. })), "{refused:?}");
 }
 
 fn steps_are_in_order() {

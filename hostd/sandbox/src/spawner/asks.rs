@@ -59,8 +59,13 @@ impl Spawning {
                 self.answer(from, Answer::Done, Vec::new());
             }
             Ask::Pool => {
-                let pools = (0..self.config.shapes.len()).map(|s| self.pool_state(s)).collect();
+                let shapes = (0..self.config.shapes.len()).filter(|s| !self.retired.contains(s));
+                let pools = shapes.map(|s| self.pool_state(s)).collect();
                 self.answer(from, Answer::Pool(pools), Vec::new());
+            }
+            Ask::Shapes(shapes) => {
+                let answer = self.reshape(shapes).map_or_else(Answer::Failed, |()| Answer::Done);
+                self.answer(from, answer, Vec::new());
             }
             Ask::Shutdown { kill } => {
                 self.stopping = Some(from);
@@ -166,7 +171,7 @@ impl Spawning {
             || self.waiting.iter().any(|w| w.claim.id == claim.id)
         {
             Some(Refusal::Exists)
-        } else if !self.config.shapes.iter().any(|s| s.name == claim.shape) {
+        } else if self.shape_named(&claim.shape).is_none() {
             Some(Refusal::NoShape { shape: claim.shape.clone() })
         } else {
             None
@@ -189,8 +194,7 @@ impl Spawning {
     }
 
     fn parked(&self, shape: &str) -> Option<u32> {
-        let index = self.config.shapes.iter().position(|s| s.name == shape)?;
-        self.tally.ready(index)
+        self.tally.ready(self.shape_named(shape)?)
     }
 
     /// Gives waiting claims the boxes that have become ready.

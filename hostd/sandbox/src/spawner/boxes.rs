@@ -1,9 +1,10 @@
 //! One box as the spawner knows it: its process, socket, groups, and what it is asked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Instant;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -116,11 +117,14 @@ pub(super) struct Boxed {
     pub(super) userns: OwnedFd,
     pub(super) group: Group,
     pub(super) entry: Entry,
+    pub(super) made_at: Instant,
     pub(super) was_ready: bool,
     pub(super) paused: bool,
     pub(super) claimed: Option<Claimed>,
     pub(super) exit: Option<ExitStatus>,
     pub(super) pending: HashMap<u64, Pending>,
+    /// Programs of `exec` that run, by number.
+    pub(super) execs: HashSet<u64>,
 }
 
 /// What a new box is made from.
@@ -175,11 +179,13 @@ impl Boxed {
                 userns,
                 group,
                 entry: Entry::new(tally, shape, slot),
+                made_at: Instant::now(),
                 was_ready: false,
                 paused: false,
                 claimed: None,
                 exit: None,
                 pending: HashMap::new(),
+                execs: HashSet::new(),
             }),
             Err(e) => {
                 let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);

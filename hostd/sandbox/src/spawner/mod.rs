@@ -14,7 +14,7 @@ mod setup;
 mod tally;
 mod told;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -37,6 +37,11 @@ pub(crate) use setup::{ARGUMENT, LOCKED, READY, check, socket_path};
 const OUTBOX_MAX: usize = 8192;
 /// Claims that wait for a box.
 const WAITING_MAX: usize = 256;
+
+/// Shapes that a spawner can know in its life, those that were taken away included.
+const SHAPES_MAX: usize = 256;
+/// Longest that a box may take to park before it is killed: a thousand times the usual.
+const PARKING_MAX: Duration = Duration::from_secs(10);
 
 const LISTENER: u64 = 0;
 const CONNECTION: u64 = 1;
@@ -69,6 +74,8 @@ pub(crate) struct Spawning {
     generation: u64,
     boxes: HashMap<u32, Boxed>,
     tally: Rc<tally::Tally>,
+    /// Shapes, by index, that the configuration no longer has. Their boxes may still run.
+    retired: HashSet<usize>,
     by_id: HashMap<SandboxId, u32>,
     free_slots: Vec<u32>,
     groups: HashMap<u32, Group>,
@@ -108,6 +115,7 @@ impl Spawning {
                 self.handle_event(event.data.u64());
             }
             self.expire_waiting();
+            self.expire_parking();
             if events.is_empty() {
                 // Nobody waits: the time to make boxes.
                 self.refill();
@@ -128,7 +136,7 @@ impl Spawning {
                 if (token - SLOTS) % 2 == 1 {
                     self.bury(slot);
                 } else {
-                    self.listen_to(slot);
+                    let _more_comes_again = self.listen_to(slot);
                 }
             }
         }
@@ -240,6 +248,10 @@ impl Spawning {
         };
         if let Some(waiting) = self.waiting.front() {
             soonest(waiting.deadline);
+        }
+        if self.tally.total(State::Preparing) > 0 {
+            // Only a bound: what parks in time wakes the loop itself.
+            soonest(now + PARKING_MAX);
         }
         if let (Some(since), true) = (self.alone_since, self.by_id.is_empty()) {
             soonest(since + Duration::from_secs(self.config.linger_s));

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 
 use super::boxes::{Boxed, Mould, State};
-use super::{SLOTS, Spawning};
+use super::setup::check;
+use super::{SHAPES_MAX, SLOTS, Spawning};
 use crate::cgroup::{Group, GroupLimits};
 use crate::error::Fault;
-use crate::spec::{Event, Exited, PoolState, Shape, UIDS_A_BOX};
+use crate::spec::{Config, Event, Exited, PoolState, Shape, UIDS_A_BOX};
 
 /// Boxes being made at once. Each does its own work on whatever core is free.
 const PREPARING_MAX: usize = 4;
@@ -58,7 +59,10 @@ impl Spawning {
         let lack = |shape: usize| {
             let name = &self.config.shapes[shape].name;
             let waiting = self.waiting.iter().filter(|w| w.claim.shape == *name).count();
-            let parked = self.config.shapes[shape].parked as usize;
+            let parked = match self.retired.contains(&shape) {
+                true => 0,
+                false => self.config.shapes[shape].parked as usize,
+            };
             let target = waiting + if launching { parked / 2 } else { parked };
             target.saturating_sub(self.tally.count(shape, &[State::Preparing, State::Parked]))
         };
@@ -151,7 +155,7 @@ impl Spawning {
         if !self.boxes.get(&slot).is_some_and(Boxed::collect) {
             return;
         }
-        self.listen_to(slot);
+        while self.listen_to(slot) {}
         let Some(built) = self.boxes.remove(&slot) else { return };
         let _ = epoll::delete(&self.epoll, &built.control);
         let _ = epoll::delete(&self.epoll, &built.pidfd);
@@ -186,6 +190,68 @@ impl Spawning {
             }
         }
         self.keep(slot, built.group);
+    }
+
+    /// Kills what has been parking for too long: it holds a place of the few that may.
+    pub(super) fn expire_parking(&mut self) {
+        if self.tally.total(State::Preparing) == 0 {
+            return;
+        }
+        for built in self.boxes.values_mut() {
+            let late = built.made_at.elapsed() > super::PARKING_MAX;
+            if late && built.entry.state() == State::Preparing {
+                super::log(format_args!("box {} does not park and is killed", built.slot));
+                built.kill();
+            }
+        }
+    }
+
+    /// Takes a new list of shapes: those of a known name change, the rest are added, and what is not
+    /// named any more takes no claims. Running boxes stay as they are.
+    pub(super) fn reshape(&mut self, shapes: Vec<Shape>) -> Result<(), Fault> {
+        let wanted = Config { shapes, ..self.config.clone() };
+        check(&wanted).map_err(|why| Fault::BadConfig { why })?;
+        let names = |list: &[Shape], name: &str| list.iter().position(|s| s.name == name);
+        let new = wanted.shapes.iter().filter(|s| names(&self.config.shapes, &s.name).is_none());
+        if self.config.shapes.len() + new.count() > SHAPES_MAX {
+            let why = format!("more than {SHAPES_MAX} shapes in the life of a spawner");
+            return Err(Fault::BadConfig { why });
+        }
+        let mut stale = Vec::new();
+        for (index, shape) in self.config.shapes.iter().enumerate() {
+            match names(&wanted.shapes, &shape.name) {
+                Some(at) if limits_of(shape) == limits_of(&wanted.shapes[at]) => {
+                    self.retired.remove(&index);
+                }
+                Some(_) => {
+                    self.retired.remove(&index);
+                    stale.push(index);
+                }
+                None => {
+                    self.retired.insert(index);
+                    stale.push(index);
+                }
+            }
+        }
+        for shape in wanted.shapes {
+            match names(&self.config.shapes, &shape.name) {
+                Some(index) => self.config.shapes[index] = shape,
+                None => self.config.shapes.push(shape),
+            }
+        }
+        self.tally.grow(self.config.shapes.len());
+        for built in self.boxes.values_mut().filter(|b| stale.contains(&b.shape)) {
+            if matches!(built.entry.state(), State::Preparing | State::Parked) {
+                built.kill();
+            }
+        }
+        Ok(())
+    }
+
+    /// The shape of this name, if claims may ask for it.
+    pub(super) fn shape_named(&self, name: &str) -> Option<usize> {
+        let index = self.config.shapes.iter().position(|s| s.name == name)?;
+        (!self.retired.contains(&index)).then_some(index)
     }
 
     /// Tells hostd when a pool has just run out of parked boxes, or has one again.

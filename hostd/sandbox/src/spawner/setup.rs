@@ -1,6 +1,6 @@
 //! How a process becomes the spawner, and what it prepares once.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -92,6 +92,7 @@ fn prepare() -> Result<Spawning, String> {
         generation: 0,
         boxes: HashMap::new(),
         tally: super::tally::Tally::new(config.shapes.len()),
+        retired: HashSet::new(),
         by_id: HashMap::new(),
         free_slots: (0..slots).rev().collect(),
         groups: HashMap::new(),

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use super::boxes::State;
 
 /// All shapes.
-pub(super) struct Tally(Vec<OfShape>);
+pub(super) struct Tally(RefCell<Vec<Rc<OfShape>>>);
 
 #[derive(Default)]
 struct OfShape {
@@ -17,29 +17,36 @@ struct OfShape {
 
 impl Tally {
     pub(super) fn new(shapes: usize) -> Rc<Self> {
-        Rc::new(Self((0..shapes).map(|_| OfShape::default()).collect()))
+        let tally = Rc::new(Self(RefCell::new(Vec::new())));
+        tally.grow(shapes);
+        tally
+    }
+
+    /// Makes room for so many shapes.
+    pub(super) fn grow(&self, shapes: usize) {
+        self.0.borrow_mut().resize_with(shapes, Rc::default);
     }
 
     /// Boxes of a shape in any of some states.
     pub(super) fn count(&self, shape: usize, states: &[State]) -> usize {
-        states.iter().map(|s| self.0[shape].counts[*s as usize].get()).sum()
+        let of = &self.0.borrow()[shape];
+        states.iter().map(|s| of.counts[*s as usize].get()).sum()
     }
 
     /// Boxes of all shapes in a state.
     pub(super) fn total(&self, state: State) -> usize {
-        self.0.iter().map(|s| s.counts[state as usize].get()).sum()
+        self.0.borrow().iter().map(|s| s.counts[state as usize].get()).sum()
     }
 
     /// A parked box of a shape: the one parked last, whose memory is warmest.
     pub(super) fn ready(&self, shape: usize) -> Option<u32> {
-        self.0[shape].ready.borrow().last().copied()
+        self.0.borrow()[shape].ready.borrow().last().copied()
     }
 }
 
 /// One box's entry in the tally.
 pub(super) struct Entry {
-    tally: Rc<Tally>,
-    shape: usize,
+    of: Rc<OfShape>,
     slot: u32,
     state: State,
 }
@@ -47,7 +54,8 @@ pub(super) struct Entry {
 impl Entry {
     /// Enters a new box, as `Preparing`.
     pub(super) fn new(tally: &Rc<Tally>, shape: usize, slot: u32) -> Self {
-        let entry = Self { tally: Rc::clone(tally), shape, slot, state: State::Preparing };
+        let of = Rc::clone(&tally.0.borrow()[shape]);
+        let entry = Self { of, slot, state: State::Preparing };
         entry.add();
         entry
     }
@@ -63,7 +71,7 @@ impl Entry {
     }
 
     fn add(&self) {
-        let of = &self.tally.0[self.shape];
+        let of = &self.of;
         let count = &of.counts[self.state as usize];
         count.set(count.get() + 1);
         if self.state == State::Parked {
@@ -72,7 +80,7 @@ impl Entry {
     }
 
     fn remove(&self) {
-        let of = &self.tally.0[self.shape];
+        let of = &self.of;
         let count = &of.counts[self.state as usize];
         count.set(count.get() - 1);
         if self.state == State::Parked {

@@ -11,32 +11,34 @@ use crate::packet;
 use crate::spec::Event;
 
 impl Spawning {
-    /// Reads all that a box has said.
-    pub(super) fn listen_to(&mut self, slot: u32) {
-        loop {
-            let Some(built) = self.boxes.get_mut(&slot) else { return };
+    /// Reads what a box has said: a bounded part of it, so that none can talk the others down. Returns
+    /// whether there may be more.
+    pub(super) fn listen_to(&mut self, slot: u32) -> bool {
+        for _ in 0..64 {
+            let Some(built) = self.boxes.get_mut(&slot) else { return false };
             let mut buffer = std::mem::take(&mut self.buffer);
             let got = packet::recv(built.control.as_fd(), &mut buffer, false);
             let heard = got.map(|p| (p.len, FromBox::decode(&buffer[..p.len]), p.fds, p.cut));
             self.buffer = buffer;
             match heard {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
                 // What came without its descriptor is of no use; the box is not to blame.
                 Ok((_, Some(message), _, true)) => self.cut_off(slot, &message),
                 Ok((len, Some(message), fds, false)) if len > 0 => {
                     if self.told(slot, message, fds).is_none() {
                         self.distrust(slot);
-                        return;
+                        return false;
                     }
                 }
                 // End of file: it is dying. Anything else: it is not as it should be.
                 _ => {
                     let _ = rustix::event::epoll::delete(&self.epoll, &built.control);
                     built.kill();
-                    return;
+                    return false;
                 }
             }
         }
+        true
     }
 
     fn distrust(&mut self, slot: u32) {
@@ -106,7 +108,11 @@ impl Spawning {
                 built.entry.enter(State::Dying);
             }
             FromBox::ExecExited { number, status } => {
-                let id = self.boxes.get(&slot)?.claimed.as_ref()?.id;
+                let built = self.boxes.get_mut(&slot)?;
+                if !built.execs.remove(&number) {
+                    return None;
+                }
+                let id = built.claimed.as_ref()?.id;
                 self.emit(Event::ExecExited { id, exec: number, status });
             }
             other => self.answered(slot, other, fds)?,
@@ -156,6 +162,7 @@ impl Spawning {
         let Some(mut pending) = built.pending.remove(&number) else { return Some(()) };
         let answer = match message {
             FromBox::Executed { .. } => {
+                built.execs.insert(number);
                 pending.ends.pty = fds.pop();
                 let stdio = pending.ends.which();
                 let ends = pending.ends;
