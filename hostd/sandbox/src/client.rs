@@ -282,7 +282,7 @@ impl Spawner {
     /// listed takes no more claims. [`Spawner::connect_or_start`] does it with its configuration's.
     ///
     /// # Errors
-    /// [`Fault::BadConfig`]: nothing was changed.
+    /// [`Fault::Os`] with `EINVAL`, which says what is wrong: nothing was changed.
     pub async fn reshape(&self, shapes: Vec<Shape>) -> Result<(), ClaimError> {
         self.done(Ask::Shapes(shapes)).await
     }

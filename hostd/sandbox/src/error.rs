@@ -88,12 +88,6 @@ pub enum Fault {
         /// The error number.
         errno: i32,
     },
-    /// A configuration that cannot work.
-    #[error("the configuration cannot work: {why}; what was there stays")]
-    BadConfig {
-        /// What is wrong with it.
-        why: String,
-    },
     /// The sandbox is in a state that does not allow this.
     #[error("the sandbox is {state}; nothing was done")]
     WrongState {

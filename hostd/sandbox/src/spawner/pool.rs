@@ -209,13 +209,14 @@ impl Spawning {
     /// Takes a new list of shapes: those of a known name change, the rest are added, and what is not
     /// named any more takes no claims. Running boxes stay as they are.
     pub(super) fn reshape(&mut self, shapes: Vec<Shape>) -> Result<(), Fault> {
+        let bad = |what| Fault::Os { what, errno: libc::EINVAL };
         let wanted = Config { shapes, ..self.config.clone() };
-        check(&wanted).map_err(|why| Fault::BadConfig { why })?;
+        check(&wanted).map_err(bad)?;
         let names = |list: &[Shape], name: &str| list.iter().position(|s| s.name == name);
         let new = wanted.shapes.iter().filter(|s| names(&self.config.shapes, &s.name).is_none());
         if self.config.shapes.len() + new.count() > SHAPES_MAX {
             let why = format!("more than {SHAPES_MAX} shapes in the life of a spawner");
-            return Err(Fault::BadConfig { why });
+            return Err(bad(why));
         }
         let mut stale = Vec::new();
         for (index, shape) in self.config.shapes.iter().enumerate() {
