@@ -23,7 +23,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("hostd-sandbox", &["wire"]),
     ("volley-client", &["wire", "wire-net"]),
     ("heartbeat", &["wire", "wire-net", "heartbeat-core"]),
-    ("placer", &["wire", "wire-net", "placer-core"]),
+    // The store itself is heartbeat's: `lookup = "store"` reads capacity there (DESIGN 4.2).
+    ("placer", &["wire", "wire-net", "placer-core", "heartbeat"]),
     ("hostd", &["wire", "wire-net", "hostd-core", "hostd-image", "hostd-sandbox"]),
     ("tests-sim", &["wire", "heartbeat-core", "placer-core", "hostd-core"]),
 ];
