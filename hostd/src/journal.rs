@@ -73,8 +73,10 @@ impl StorageBackend for Unsynced {
 /// Where a sandbox stood when its row was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// It was being started, or ran.
-    Live,
+    /// It was being started: it may have run or not.
+    Claimed,
+    /// It ran.
+    Running,
     /// It had ended, at that time in ms.
     Ended(u64, Exit),
 }
@@ -103,7 +105,7 @@ pub(crate) struct Row {
 }
 
 const ROW_VERSION: u8 = 1;
-const ROW_HEAD: usize = 1 + 16 + 16 + 1 + 8 * 3 + 32 + 8 + 5;
+const ROW_HEAD: usize = 1 + 16 + 16 + 1 + 8 * 3 + 32 + 1 + 8 + 5;
 
 impl Row {
     fn to_bytes(&self) -> Vec<u8> {
@@ -116,10 +118,13 @@ impl Row {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
         bytes.extend_from_slice(&self.image.0);
-        let (ended_ms, exit) = match self.stage {
-            Stage::Live => (0, Exit { code: 0, why: ExitWhy::Returned }),
-            Stage::Ended(at_ms, exit) => (at_ms.max(1), exit),
+        let none = Exit { code: 0, why: ExitWhy::Returned };
+        let (stage, ended_ms, exit) = match self.stage {
+            Stage::Claimed => (0, 0, none),
+            Stage::Running => (1, 0, none),
+            Stage::Ended(at_ms, exit) => (2, at_ms, exit),
         };
+        bytes.push(stage);
         bytes.extend_from_slice(&ended_ms.to_le_bytes());
         bytes.extend_from_slice(&exit.frame_bytes());
         bytes.extend_from_slice(&self.request);
@@ -139,9 +144,15 @@ impl Row {
         let hard_at_ms = u64::from_le_bytes(take(&mut rest)?);
         let idle_ms = u64::from_le_bytes(take(&mut rest)?);
         let image = ImageId(take(&mut rest)?);
+        let [stage] = take(&mut rest)?;
         let ended_ms = u64::from_le_bytes(take(&mut rest)?);
         let exit = Exit::from_frame_bytes(&take::<5>(&mut rest)?).ok()?;
-        let stage = if ended_ms == 0 { Stage::Live } else { Stage::Ended(ended_ms, exit) };
+        let stage = match stage {
+            0 => Stage::Claimed,
+            1 => Stage::Running,
+            2 => Stage::Ended(ended_ms, exit),
+            _ => return None,
+        };
         let request = rest.to_vec();
         Some(Self {
             launch_id,
@@ -307,9 +318,17 @@ impl Drop for Journal {
 
 /// A write under way. Dropping it does not stop it.
 #[derive(Debug)]
+#[must_use = "a write that nobody waits for is dropped on purpose"]
 pub(crate) struct Written(Option<oneshot::Receiver<Result<(), Fault>>>);
 
 impl Written {
+    /// There was nothing to write.
+    pub(crate) fn nothing() -> Self {
+        let (done, answer) = oneshot::channel();
+        let _ = done.send(Ok(()));
+        Self(Some(answer))
+    }
+
     /// Waits until it is in the journal.
     ///
     /// # Errors
@@ -439,4 +458,82 @@ fn commit(database: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
     }
     transaction.commit()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(stage: Stage) -> Row {
+        Row {
+            launch_id: LaunchId([1; 16]),
+            body: [2; 16],
+            shape: 3,
+            admitted_ms: 4,
+            hard_at_ms: 5,
+            idle_ms: 6,
+            image: ImageId([7; 32]),
+            stage,
+            request: vec![8; 100],
+        }
+    }
+
+    fn block_on<F: Future>(future: F) -> F::Output {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn what_was_acknowledged_is_there_after_a_reopen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let exit = Exit { code: 9, why: ExitWhy::Idle };
+        let stages = [Stage::Claimed, Stage::Running, Stage::Ended(0, exit)];
+        let fault = Fault::new(Code::CommandNotFound, "no such program");
+        {
+            let (journal, left) = Journal::open(&path).unwrap();
+            assert!(left.sandboxes.is_empty() && left.launches.is_empty());
+            for (local, stage) in (1..).zip(stages) {
+                block_on(journal.put(local, row(stage)).done()).unwrap();
+            }
+            block_on(journal.put(9, row(Stage::Claimed)).done()).unwrap();
+            let past = Past::Failed([2; 16], fault.clone());
+            block_on(journal.drop_claim(9, LaunchId([9; 16]), Some(past)).done()).unwrap();
+            block_on(journal.cancelled(LaunchId([8; 16])).done()).unwrap();
+        }
+        let (journal, left) = Journal::open(&path).unwrap();
+        let rows: Vec<(u64, Row)> = (1..).zip(stages.map(row)).collect();
+        assert_eq!(left.sandboxes, rows);
+        let failed = (LaunchId([9; 16]), Past::Failed([2; 16], fault));
+        assert_eq!(left.launches, [(LaunchId([8; 16]), Past::Cancelled), failed]);
+        journal.forget(1, LaunchId([8; 16]));
+        drop(journal);
+        let (_journal, left) = Journal::open(&path).unwrap();
+        assert_eq!((left.sandboxes.len(), left.launches.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_broken_journal_is_set_aside_and_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        for round in 0..2 {
+            std::fs::write(&path, vec![round + 1; 10_000]).unwrap();
+            let (journal, left) = Journal::open(&path).unwrap();
+            assert!(left.sandboxes.is_empty());
+            block_on(journal.put(1, row(Stage::Claimed)).done()).unwrap();
+            assert!(path.with_extension(format!("broken-{round}")).exists(), "kept for a look");
+        }
+    }
+
+    #[test]
+    fn rows_of_any_bytes_are_rows_or_nothing() {
+        let bytes = row(Stage::Running).to_bytes();
+        for cut in 0..ROW_HEAD {
+            assert_eq!(Row::from_bytes(&bytes[..cut]), None);
+        }
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 0x55;
+            let _ = Row::from_bytes(&flipped);
+        }
+    }
 }

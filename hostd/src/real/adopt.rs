@@ -1,11 +1,15 @@
 //! What an earlier start of the daemon left: taken up, ended, or remembered.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use hostd_core::{Fate, Sandbox};
 use hostd_sandbox::Live;
 use wire::{
-    Fault, SandboxId, ShapeId,
+    Code, Fault, SandboxId, ShapeId,
     call::{Exit, ExitWhy, State},
     launch::{LaunchRequest, Started, Steps},
 };
@@ -50,12 +54,16 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
     found.left.sandboxes.sort_unstable_by_key(|(local, _)| *local);
     for (local, row) in found.left.sandboxes {
         let lives = live.remove(&local);
+        if lives.is_none() && row.stage == Stage::Claimed && !exited.contains_key(&local) {
+            never_started(cell, real, now_ms, local, &row, found.started).await;
+            continue;
+        }
         let note = take_up(cell, local, &row, lives.as_ref().is_some_and(|live| live.paused));
         let Some(note) = note else { continue };
         match (lives, row.stage) {
             (Some(_), _) => reattach(cell, real, &note, &row).await,
             (None, Stage::Ended(_, exit)) => ended(cell, real, now_ms, local, exit),
-            (None, Stage::Live) => {
+            (None, Stage::Claimed | Stage::Running) => {
                 let lost = Exit { code: 137, why: ExitWhy::Lost };
                 ended(cell, real, now_ms, local, exited.remove(&local).unwrap_or(lost));
             }
@@ -73,8 +81,85 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
         spawn(listen(Rc::clone(cell), events));
     }
     cell.act(now_ms);
+    spawn(reconcile(Rc::clone(cell)));
     Ok(())
 }
+
+/// A launch that the last start was killed over, and of which no box is known. The spawner may still be making it.
+async fn never_started(
+    cell: &Rc<HostCell>,
+    real: &Real,
+    now_ms: u64,
+    local: u64,
+    row: &Row,
+    spawner_is_new: bool,
+) {
+    let id = SandboxId { host: cell.id, local };
+    if let Ok(spawner) = real.spawner() {
+        let begun = Instant::now();
+        // Killed again until it is not there: then nothing of it is left.
+        while spawner.kill(box_id(id)).await.is_ok() && begun.elapsed() < GONE_WAIT {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    if !spawner_is_new {
+        // Nothing was executed: the same id may be launched as if it had never come.
+        drop(real.journal.drop_claim(local, row.launch_id, None));
+        return;
+    }
+    let text = "the host broke down while it was being started; nothing of it is left";
+    let fault = Fault::new(Code::BoxFailed, text);
+    let past = Past::Failed(row.body, fault.clone());
+    drop(real.journal.drop_claim(local, row.launch_id, Some(past)));
+    let fate = Fate::Failed(Box::new(fault));
+    cell.core.borrow_mut().recall(now_ms, row.launch_id, row.body, fate);
+    real.forget_later(now_ms, local, row.launch_id);
+}
+
+/// Looks from time to time that the spawner's boxes are the core's sandboxes, soon after a start first: boxes that the
+/// last start had asked for and never heard of may come up late.
+async fn reconcile(cell: Rc<HostCell>) {
+    let Backend::Real(real) = &cell.backend else { return };
+    for wait_ms in [50, 200, 1_000].into_iter().chain(std::iter::repeat(5_000)) {
+        tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        if real.stopping.get() {
+            return;
+        }
+        let Ok(spawner) = real.spawner() else { continue };
+        let Ok((live, exited)) = spawner.running().await else { continue };
+        let mut known: HashSet<u64> = exited.iter().map(|one| sandbox_id(one.id).local).collect();
+        for one in live {
+            let id = sandbox_id(one.id);
+            known.insert(id.local);
+            let owned = id.host == real.host
+                && cell.core.borrow().sandbox(id.local).is_some_and(Sandbox::is_live);
+            if !owned && !real.awaited.borrow().contains_key(&id.local) {
+                tracing::warn!(%id, "a box that no launch owns is ended");
+                let _ = spawner.kill(one.id).await;
+            }
+        }
+        let now_ms = clock::now_ms();
+        let lost: Vec<u64> = {
+            let core = cell.core.borrow();
+            let is_lost = |sandbox: &&Sandbox<Rc<Note>>| {
+                matches!(sandbox.state, State::Running | State::Paused)
+                    && sandbox.admitted_ms + SETTLED_MS < now_ms
+                    && !known.contains(&sandbox.id.local)
+            };
+            core.sandboxes().filter(is_lost).map(|sandbox| sandbox.id.local).collect()
+        };
+        for local in lost {
+            tracing::error!(local, "a sandbox has no box any more");
+            ended(&cell, real, now_ms, local, Exit { code: 137, why: ExitWhy::Lost });
+        }
+    }
+}
+
+/// Milliseconds after its admission for which a sandbox is not looked for: its start may be under way.
+const SETTLED_MS: u64 = 10_000;
+
+/// How long a box that was never answered for is waited for to be gone.
+const GONE_WAIT: Duration = Duration::from_secs(2);
 
 fn take_up(cell: &Rc<HostCell>, local: u64, row: &Row, paused: bool) -> Option<Rc<Note>> {
     let shape = ShapeId::new(row.shape)?;

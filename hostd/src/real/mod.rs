@@ -34,7 +34,7 @@ use crate::{
     config::{Config, HostConfig},
     host::{Backend, HostCell},
     images::Images,
-    journal::{Journal, Left, Row, Stage},
+    journal::{Journal, Left, Row, Stage, Written},
     note::Note,
     runtime::spawn,
 };
@@ -52,6 +52,8 @@ struct Found {
     live: Vec<Live>,
     exited: Vec<hostd_sandbox::Exited>,
     events: Option<Events>,
+    /// Whether the spawner is a new one, which knows nothing of boxes before it.
+    started: bool,
 }
 
 /// Real boxes of one host.
@@ -133,8 +135,13 @@ impl Real {
             let boxes = boxes.clone();
             blocking(move || join(&boxes)).await?
         };
-        let found =
-            Found { left, live: joined.live, exited: joined.exited, events: Some(joined.events) };
+        let found = Found {
+            left,
+            live: joined.live,
+            exited: joined.exited,
+            events: Some(joined.events),
+            started: joined.started,
+        };
         Ok(Self {
             host: id,
             spawner: RefCell::new(Some(joined.spawner)),
@@ -170,6 +177,15 @@ impl Real {
             {
                 tracing::warn!("the spawner did not say that all sandboxes have ended");
             }
+        }
+    }
+
+    /// Writes the row of a sandbox that runs.
+    fn put_running(&self, cell: &HostCell, local: u64) -> Written {
+        let core = cell.core.borrow();
+        match core.sandbox(local).filter(|sandbox| sandbox.is_live()) {
+            Some(sandbox) => self.journal.put(local, row_of(sandbox, &core, Stage::Running)),
+            None => Written::nothing(),
         }
     }
 
@@ -265,25 +281,13 @@ fn row_of(sandbox: &Sandbox<Rc<Note>>, core: &crate::host::Core, stage: Stage) -
     }
 }
 
-/// Writes a live sandbox's row anew.
-async fn keep(cell: &HostCell, real: &Real, local: u64) -> Result<(), Fault> {
-    let row = {
-        let core = cell.core.borrow();
-        core.sandbox(local).map(|sandbox| row_of(sandbox, &core, Stage::Live))
-    };
-    match row {
-        Some(row) => real.journal.put(local, row).done().await,
-        None => Ok(()),
-    }
-}
-
 /// Keeps changed deadlines over a restart.
 ///
 /// # Errors
 /// [`Code::Storage`]: they hold until the daemon restarts.
 pub(crate) async fn keep_deadlines(cell: &HostCell, local: u64) -> Result<(), Fault> {
     match &cell.backend {
-        Backend::Real(real) => keep(cell, real, local).await,
+        Backend::Real(real) => real.put_running(cell, local).done().await,
         Backend::None { .. } => Ok(()),
     }
 }

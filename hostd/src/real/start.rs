@@ -76,6 +76,8 @@ async fn make(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, ask: Ask) -> La
             match started {
                 Ok(started) => {
                     enter_main(cell, note, stdio);
+                    // Not waited for: whoever lives says that it ran.
+                    drop(real.put_running(cell, local));
                     LaunchReply::Started(started)
                 }
                 Err(fault) => {
@@ -153,7 +155,7 @@ async fn attempt(
     // From here to the answer the journal's thread works beside the spawner.
     let row = {
         let core = cell.core.borrow();
-        core.sandbox(note.id.local).map(|sandbox| row_of(sandbox, &core, Stage::Live))
+        core.sandbox(note.id.local).map(|sandbox| row_of(sandbox, &core, Stage::Claimed))
     };
     let gone = || Fault::new(Code::Internal, "a claimed sandbox has no record");
     let written = real.journal.put(note.id.local, row.ok_or_else(gone)?);
@@ -318,7 +320,8 @@ pub(super) fn claim_fault(error: &ClaimError) -> Fault {
             BoxFault::NoSandbox => Code::SandboxNotFound,
             BoxFault::NoExec => Code::NotFound,
             BoxFault::WrongState { .. } => Code::WrongState,
-            BoxFault::BoxDied { .. } | BoxFault::Os { .. } => Code::BoxFailed,
+            // The host's own doing, and whatever is added.
+            _ => Code::BoxFailed,
         },
         ClaimError::Unknown { .. } => Code::BoxFailed,
     };
