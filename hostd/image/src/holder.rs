@@ -1,43 +1,117 @@
-//! A process that only holds: the FUSE connection outlives the process that serves it.
+//! A process that only holds: the FUSE connection outlives the process that serves it, and both outlive hostd.
 //!
 //! The holder opens `/dev/fuse`, mounts, clones the descriptors, and starts a worker that gets them through a socket. It reads no
 //! request itself. When the worker dies, the kernel keeps what it had not answered, for the descriptors are still open; the
-//! next worker asks for all of it again. So a crash or an upgrade of the worker is a pause and not an error, and hostd may come
-//! and go as it likes.
+//! next worker asks for all of it again. So a crash of the worker is a pause and not an error.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use object_store::ObjectStore;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use tokio::net::UnixListener;
+use serde::{Deserialize, Serialize};
 
-use crate::device::{self, Device, THREADS};
-use crate::lazy_host::{Dirs, MEMORY_BYTES_MAX};
+use crate::device::{self, THREADS};
+use crate::kernel;
+use crate::lazy_host::Dirs;
 use crate::mount::MountConfig;
-use crate::push::Pusher;
-use crate::server::Server;
-use crate::store::DomainStore;
-use crate::{frames::Frames, kernel};
+
+/// The hidden first arguments.
+const HOLDER: &str = "__image-holder";
+const WORKER: &str = "__image-worker";
 
 /// A worker that lives shorter than this is waited for longer each time.
 const LIVES_LONG: Duration = Duration::from_secs(10);
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Bytes of a holder's configuration.
+const CONFIG_BYTES_MAX: usize = 16 << 10;
 
-/// Mounts the objects of a domain below `state_dir` and keeps a worker on them. `worker` gives the command of one; it is to
-/// call [`work`]. Returns when the mount is gone, or when `worker` cannot be started at all.
+/// Opens the object store that a URL names.
+pub type OpenStore = fn(&str) -> Result<Arc<dyn ObjectStore>, String>;
+
+/// What holder and worker are told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HeldConfig {
+    pub(crate) state_dir: PathBuf,
+    pub(crate) cache_dir: PathBuf,
+    pub(crate) cache_bytes_max: u64,
+    pub(crate) domain: String,
+    /// URL of the store. Its keys come through the environment.
+    pub(crate) objects: String,
+    /// Another worker served before.
+    takes_over: bool,
+}
+
+impl HeldConfig {
+    pub(crate) fn new(config: &MountConfig, objects: &str) -> Self {
+        Self {
+            state_dir: config.state_dir.clone(),
+            cache_dir: config.cache_dir.clone(),
+            cache_bytes_max: config.cache_bytes_max,
+            domain: config.domain.clone(),
+            objects: objects.to_owned(),
+            takes_over: false,
+        }
+    }
+}
+
+/// Becomes an image holder or its worker if this process was started as one, and then never returns.
 ///
-/// # Errors
-/// When the mount cannot be made, or no worker started.
-pub fn hold(state_dir: &Path, domain: &str, mut worker: impl FnMut() -> Command) -> io::Result<()> {
-    let dirs = Dirs::below(state_dir, domain);
+/// Call it first thing in `main` of every binary that runs hostd: `hostd_image::main_if_asked(open_store)`.
+pub fn main_if_asked(open: OpenStore) {
+    let asked = std::env::args_os().nth(1);
+    let done = match asked.as_ref().and_then(|text| text.to_str()) {
+        Some(HOLDER) => hold(),
+        Some(WORKER) => receive(io::stdin().as_fd()).and_then(|(config, files)| {
+            let store = open(&config.objects).map_err(io::Error::other)?;
+            crate::worker::work(&config, store, files, config.takes_over)
+        }),
+        _ => return,
+    };
+    if let Err(error) = &done {
+        // Standard error is what hostd's is.
+        let _ = writeln!(io::stderr(), "volley {}: {error}", asked.unwrap_or_default().display());
+    }
+    std::process::exit(i32::from(done.is_err()));
+}
+
+/// Starts a holder. It is there when its worker's socket answers.
+pub(crate) fn start(config: &HeldConfig) -> io::Result<()> {
+    let bytes = serde_json::to_vec(config).map_err(io::Error::other)?;
+    let mut child = Command::new("/proc/self/exe")
+        .arg0("volley")
+        .arg(HOLDER)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        // Signals for hostd's terminal are not for it.
+        .process_group(0)
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(&bytes)?;
+    }
+    // Collected whenever it ends, so that it leaves no zombie.
+    let thread = std::thread::Builder::new().name("holder-wait".to_owned()).stack_size(64 << 10);
+    thread.spawn(move || drop(child.wait()))?;
+    Ok(())
+}
+
+/// Mounts the objects of a domain, and keeps a worker on them until the mount is gone.
+fn hold() -> io::Result<()> {
+    let mut bytes = Vec::new();
+    io::stdin().take(CONFIG_BYTES_MAX as u64).read_to_end(&mut bytes)?;
+    let mut config: HeldConfig = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+    let dirs = Dirs::below(&config.state_dir, &config.domain);
     dirs.ready()?;
     let first = device::open()?;
     kernel::mount_fuse(&first, &dirs.fuse)?;
@@ -45,94 +119,57 @@ pub fn hold(state_dir: &Path, domain: &str, mut worker: impl FnMut() -> Command)
     while files.len() < THREADS {
         files.push(device::clone_device(&files[0])?);
     }
-    let mut takes_over = false;
     let mut wait = Duration::from_millis(1);
-    while kernel::is_mounted(&dirs.fuse) {
+    loop {
         let started = Instant::now();
         let (ours, theirs) = UnixStream::pair()?;
-        let mut child = worker().stdin(Stdio::from(OwnedFd::from(theirs))).spawn()?;
-        send_files(&ours, &files, takes_over)?;
-        child.wait()?;
-        takes_over = true;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("volley")
+            .arg(WORKER)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()?;
+        let sent = send(&ours, &config, &files);
+        drop(ours);
+        let ended = child.wait()?;
+        sent?;
+        // A worker that ends by itself saw the connection's end.
+        if ended.success() {
+            return Ok(());
+        }
+        config.takes_over = true;
         if started.elapsed() > LIVES_LONG {
             wait = Duration::from_millis(1);
         } else {
             std::thread::sleep(wait);
-            wait = (wait * 2).min(Duration::from_secs(2));
+            wait = (wait * 2).min(WAIT_MAX);
         }
     }
-    Ok(())
 }
 
-/// Serves the connection that a holder gave on standard input, until it ends.
-///
-/// # Errors
-/// When there is no holder on standard input, or the cache cannot be used.
-pub fn work(config: MountConfig) -> io::Result<()> {
-    let (files, takes_over) = receive_files(io::stdin().as_fd())?;
-    let at = DomainStore::new(config.store, &config.domain).map_err(io::Error::other)?;
-    let dirs = Dirs::below(&config.state_dir, at.domain.name());
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("images")
-        .enable_all()
-        .build()?;
-    let frames_dir = config.cache_dir.join("frames").join(at.domain.name());
-    let disk = crate::disk::DiskFrames::open(&frames_dir, config.cache_bytes_max, &at.domain)?;
-    let frames = Frames::new(at, disk, MEMORY_BYTES_MAX, runtime.handle().clone());
-    let server = Arc::new(Server::new(frames, dirs.images.clone()));
-    let (device, threads) = Device::serve_all(files, &server, runtime.handle(), takes_over)?;
-    if let Err(error) = device::raise_readahead(&dirs.fuse) {
-        tracing::info!(%error, "reads of large files stay at 128 KiB");
-    }
-    let pusher = Arc::new(Pusher { server, device, fuse: dirs.fuse.clone() });
-    let socket = dirs.control();
-    let _ = fs::remove_file(&socket);
-    let listener = {
-        let _inside = runtime.enter();
-        UnixListener::bind(&socket)?
-    };
-    runtime.spawn(crate::control::listen(listener, pusher));
-    for thread in threads {
-        let _ = thread.join();
-    }
-    Ok(())
-}
-
-fn send_files(socket: &UnixStream, files: &[File], takes_over: bool) -> io::Result<()> {
+fn send(socket: &UnixStream, config: &HeldConfig, files: &[File]) -> io::Result<()> {
     let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(THREADS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
         return Err(io::Error::other("too many descriptors for one message"));
     }
-    let byte = [u8::from(takes_over)];
-    sendmsg(socket, &[io::IoSlice::new(&byte)], &mut control, SendFlags::NOSIGNAL)?;
+    let bytes = serde_json::to_vec(config).map_err(io::Error::other)?;
+    sendmsg(socket, &[io::IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
-fn receive_files(socket: BorrowedFd<'_>) -> io::Result<(Vec<File>, bool)> {
+fn receive(socket: BorrowedFd<'_>) -> io::Result<(HeldConfig, Vec<File>)> {
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(THREADS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    let mut parts = [io::IoSliceMut::new(&mut byte)];
-    recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut bytes = vec![0; CONFIG_BYTES_MAX];
+    let mut parts = [io::IoSliceMut::new(&mut bytes)];
+    let got = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
     let mut files = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
             files.extend(fds.map(File::from));
         }
     }
-    if files.is_empty() {
-        return Err(io::Error::other(
-            "no holder on standard input: the image server is not started by hand",
-        ));
-    }
-    Ok((files, byte[0] != 0))
-}
-
-/// Where a worker's socket lies; a holder's worker is there when somebody answers.
-#[must_use]
-pub fn control_socket(state_dir: &Path, domain: &str) -> PathBuf {
-    Dirs::below(state_dir, domain).control()
+    let config = serde_json::from_slice(&bytes[..got.bytes]).map_err(io::Error::other)?;
+    Ok((config, files))
 }

@@ -12,14 +12,15 @@ use std::sync::Arc;
 use tokio::runtime::Runtime;
 use wire::ImageId;
 
-use crate::control::{Control, Question, Reply};
+use crate::control::{Control, Held, Question, Reply};
 use crate::device::{self, Device};
 use crate::disk::DiskFrames;
 use crate::frames::Frames;
+use crate::holder::{self, HeldConfig};
 use crate::index::Damaged;
 use crate::kernel;
 use crate::metrics::ImageMetrics;
-use crate::mount::Layers;
+use crate::mount::{Layers, MountConfig};
 use crate::push::{BootSummary, Pusher, write_boot};
 use crate::server::Server;
 use crate::store::{DomainStore, ImageError};
@@ -49,8 +50,8 @@ enum Link {
         /// Given back in the background: a runtime must not be dropped where others run.
         runtime: Option<Runtime>,
     },
-    /// In a holder's worker.
-    Outside(Control),
+    /// In a holder's worker, which stays as long as we say that we are there.
+    Outside { control: Control, _held: Held },
 }
 
 /// Where things are below the state directory.
@@ -81,7 +82,7 @@ impl Dirs {
         self.fuse.with_file_name("control")
     }
 
-    fn clear(&self) -> io::Result<()> {
+    pub(crate) fn clear(&self) -> io::Result<()> {
         if let Ok(entries) = fs::read_dir(&self.metas) {
             for entry in entries {
                 let path = entry?.path();
@@ -133,16 +134,18 @@ impl LazyHost {
         .await
     }
 
-    /// Uses what a holder has mounted. Images that are mounted already stay so.
-    pub(crate) async fn attach(at: &DomainStore, state_dir: &Path) -> Result<Self, ImageError> {
-        let dirs = Dirs::below(state_dir, at.domain.name());
-        if !dirs.control().exists() {
-            let why = io::Error::other("no image holder runs for this state directory");
-            return Err(ImageError::host("reach the image holder", why));
-        }
+    /// Uses a holder: the one that is there, with the images that it has mounted, or a new one.
+    pub(crate) async fn hold(config: &MountConfig, objects: &str) -> Result<Self, ImageError> {
+        let dirs = Dirs::below(&config.state_dir, &config.domain);
         let control = Control::new(&dirs.control());
-        control.ask(&Question::Metrics).await?;
-        Ok(Self { dirs, link: Link::Outside(control) })
+        if control.ask_now(&Question::Metrics).await.is_err() {
+            let held = HeldConfig::new(config, objects);
+            blocking("start the image holder", move || holder::start(&held)).await?;
+            control.ask(&Question::Metrics).await?;
+        }
+        let held = Held::begin(&dirs.control())
+            .map_err(|e| ImageError::host("keep the image holder", e))?;
+        Ok(Self { dirs, link: Link::Outside { control, _held: held } })
     }
 
     /// Opens an image, so that what is wrong with it is said in its own words and not as an errno of `mount`.
@@ -153,7 +156,9 @@ impl LazyHost {
                 let opened = self.spawn(async move { server.open(id).await }).await?;
                 opened.map(drop).map_err(ImageError::Shared)
             }
-            Link::Outside(control) => control.ask(&Question::Open(id.to_string())).await.map(drop),
+            Link::Outside { control, .. } => {
+                control.ask(&Question::Open(id.to_string())).await.map(drop)
+            }
         }
     }
 
@@ -201,7 +206,7 @@ impl LazyHost {
         let (file, meta) = (self.dirs.images.join(&name), self.dirs.metas.join(&name));
         match &self.link {
             Link::Inside { pusher, .. } => pusher.server.close(id),
-            Link::Outside(control) => {
+            Link::Outside { control, .. } => {
                 let _ = control.ask(&Question::Close(name)).await;
             }
         }
@@ -219,7 +224,7 @@ impl LazyHost {
     pub(crate) async fn metrics(&self) -> Result<ImageMetrics, ImageError> {
         match &self.link {
             Link::Inside { pusher, .. } => Ok(pusher.server.metrics()),
-            Link::Outside(control) => match control.ask(&Question::Metrics).await? {
+            Link::Outside { control, .. } => match control.ask(&Question::Metrics).await? {
                 Reply::Metrics(metrics) => Ok(metrics),
                 _ => Err(Damaged("an answer of the image server").into()),
             },
@@ -233,7 +238,7 @@ impl LazyHost {
                 runtime.spawn(pusher.clone().bring(id, entry.to_owned()));
             }
             Link::Inside { .. } => {}
-            Link::Outside(control) => {
+            Link::Outside { control, .. } => {
                 let (control, entry) = (control.clone(), entry.to_owned());
                 tokio::spawn(async move {
                     let question = Question::Bring { image: id.to_string(), entry };
@@ -247,7 +252,7 @@ impl LazyHost {
     pub(crate) async fn record(&self) -> Result<(), ImageError> {
         match &self.link {
             Link::Inside { pusher, .. } => pusher.server.record(),
-            Link::Outside(control) => drop(control.ask(&Question::Record).await?),
+            Link::Outside { control, .. } => drop(control.ask(&Question::Record).await?),
         }
         Ok(())
     }
@@ -266,7 +271,7 @@ impl LazyHost {
                 let (server, entry) = (pusher.server.clone(), entry.to_owned());
                 self.spawn(async move { write_boot(&server, id, &entry, recorder).await }).await?
             }
-            Link::Outside(control) => {
+            Link::Outside { control, .. } => {
                 let image = id.to_string();
                 let question = Question::FinishRecord { image, entry: entry.to_owned() };
                 match control.ask(&question).await? {

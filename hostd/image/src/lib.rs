@@ -49,10 +49,11 @@ mod tests;
 mod tree;
 mod unpack;
 mod unpacked;
+mod worker;
 
 pub use catalog::{ImageReport, ImageRow, config, inspect, list, resolve};
 pub use gc::{Swept, gc, remove_name};
-pub use holder::{control_socket, hold, work};
+pub use holder::{OpenStore, main_if_asked};
 pub use id::NameError;
 pub use index::Damaged;
 pub use kernel::{mount_overlay, unmount};

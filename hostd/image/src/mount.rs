@@ -34,13 +34,17 @@ pub struct MountConfig {
 }
 
 /// Who serves the objects of lazy images.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Serving {
-    /// This process: when it ends, so do the mounts.
+    /// This process: when it ends, so do the mounts. For tools and tests.
     #[default]
     Inside,
-    /// A holder that was started on the same state directory ([`crate::hold`]): sandboxes outlive hostd.
-    Holder,
+    /// A process of its own, which this one starts or finds: sandboxes outlive hostd. The binary must call
+    /// [`crate::main_if_asked`] first thing.
+    Holder {
+        /// URL of the store, for the holder to open it.
+        objects: String,
+    },
     /// Nobody: images are unpacked even where lazy mounts would work.
     Unpack,
 }
@@ -123,7 +127,8 @@ impl std::fmt::Debug for Mounter {
 }
 
 impl Mounter {
-    /// Finds out what this host can do, readies the directories, and clears what a crash left half done.
+    /// Readies the directories, and clears what a crash left half done. Images are unpacked: lazy mounts need somebody who
+    /// serves them, see [`Mounter::start_with`].
     ///
     /// Images of sandboxes that outlived the last hostd must be mounted again before any other, so that the cache knows
     /// that they are in use.
@@ -131,31 +136,35 @@ impl Mounter {
     /// # Errors
     /// [`ImageError::Host`] when the directories cannot be used.
     pub async fn start(config: MountConfig) -> Result<Self, ImageError> {
-        Self::start_with(config, Serving::Holder).await
+        Self::start_with(config, Serving::Unpack).await
     }
 
-    /// The same, with the objects served by whom `serving` says.
+    /// The same, with the objects of lazy images served by whom `serving` says, if this host can mount lazily: that is tried
+    /// first, and [`Mounter::mode`] says what came of it.
     ///
     /// # Errors
     /// [`ImageError::Host`] when the directories cannot be used.
     pub async fn start_with(config: MountConfig, serving: Serving) -> Result<Self, ImageError> {
-        let at = DomainStore::new(config.store, &config.domain)?;
+        let at = DomainStore::new(config.store.clone(), &config.domain)?;
         let dirs = [config.state_dir.clone(), config.cache_dir.clone()];
         blocking("make hostd's directories", move || {
             dirs.iter().try_for_each(std::fs::create_dir_all)
         })
         .await?;
         let (state, cache, max) = (&config.state_dir, &config.cache_dir, config.cache_bytes_max);
-        let lazy = match serving {
-            Serving::Unpack => Err("the configuration says so".to_owned()),
-            Serving::Holder => LazyHost::attach(&at, state).await.map_err(|e| e.to_string()),
-            Serving::Inside => match crate::self_check::lazy_mounts(state).await {
-                Ok(()) => {
-                    let host = LazyHost::start(at.clone(), state, cache, max).await;
-                    host.map_err(|e| e.to_string())
-                }
-                Err(why) => Err(why),
-            },
+        let lazy = if serving == Serving::Unpack {
+            Err("nobody asked for lazy mounts".to_owned())
+        } else {
+            crate::self_check::lazy_mounts(state).await
+        };
+        let lazy = match (lazy, &serving) {
+            (Err(why), _) => Err(why),
+            (Ok(()), Serving::Holder { objects }) => {
+                LazyHost::hold(&config, objects).await.map_err(|e| e.to_string())
+            }
+            (Ok(()), _) => {
+                LazyHost::start(at.clone(), state, cache, max).await.map_err(|e| e.to_string())
+            }
         };
         let (host, mode) = match lazy {
             Ok(host) => (Host::Lazy(host), MountMode::Lazy),

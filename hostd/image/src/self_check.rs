@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
+use tokio::sync::OnceCell;
 
 use crate::lazy_host::{LazyHost, blocking};
 use crate::store::{DomainStore, ImageError};
@@ -14,8 +15,13 @@ use crate::{Source, kernel};
 
 const DOMAIN: &str = "volley-self-check";
 
-/// Mounts a small image below `state_dir` and reads it through an overlay. The error is why this host cannot.
+/// Mounts a small image below `state_dir` and reads it through an overlay, once a process. The error is why this host cannot.
 pub(crate) async fn lazy_mounts(state_dir: &Path) -> Result<(), String> {
+    static CHECKED: OnceCell<Result<(), String>> = OnceCell::const_new();
+    CHECKED.get_or_init(|| look(state_dir)).await.clone()
+}
+
+async fn look(state_dir: &Path) -> Result<(), String> {
     for name in ["fuse", "erofs", "overlay"] {
         if !kernel::has_filesystem(name) {
             return Err(format!("the kernel has no {name}, or hostd may not mount it"));

@@ -268,11 +268,16 @@ impl Server {
     }
 
     fn listed(&self) -> Vec<ImageId> {
-        let Ok(entries) = std::fs::read_dir(&self.images_dir) else { return Vec::new() };
-        let name = |entry: std::io::Result<std::fs::DirEntry>| {
-            entry.ok()?.file_name().to_str()?.parse().ok()
-        };
-        entries.filter_map(name).collect()
+        // Those that are open are known even when the directory is gone: roots of sandboxes may outlive it.
+        let mut ids: Vec<ImageId> = lock(&self.images).values().map(|slot| slot.id).collect();
+        let entries = std::fs::read_dir(&self.images_dir).into_iter().flatten();
+        for entry in entries.flatten() {
+            let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if let Some(id) = id.filter(|id| !ids.contains(id)) {
+                ids.push(id);
+            }
+        }
+        ids
     }
 
     /// Opens an image, so that what is wrong with it is known by more than an errno.
