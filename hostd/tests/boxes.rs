@@ -115,7 +115,7 @@ fn one_launch_id_is_one_box() {
         let replies = futures::future::join_all((0..100).map(|_| launch(&placer, &asked))).await;
         assert!(matches!(replies[0], LaunchReply::Started(_)), "{:?}", replies[0]);
         assert!(replies.iter().all(|reply| *reply == replies[0]), "the same answer");
-        assert_eq!(place.boxes_of_programs("sleep"), 1);
+        place.programs_become("sleep", 1);
         let other = request(1, "img", &["sleep", "200"]);
         assert_eq!(fault_of(&launch(&placer, &other).await).code, Code::Conflict);
     });
@@ -199,8 +199,11 @@ fn pause_stats_signal_and_kill() {
     let place = Place::new();
     block_on(async {
         let placer = place.placer().await;
-        let line = "trap 'echo term; exit 9' TERM; while :; do sleep 0.05; done";
+        let line = "trap 'echo term; exit 9' TERM; echo set; while :; do sleep 0.05; done";
         let id = started(&placer, &request(1, "img", &["sh", "-c", line])).await.sandbox;
+        let attach = Call::Attach { sandbox: id, process: 0, offset: 0, follow: true };
+        let (_, _send, mut recv) = stream::open_on_behalf(&placer, "acme", &attach).await.unwrap();
+        place::read_until(&mut recv, &mut String::new(), "set").await;
         let Answer::Stats(stats) = call(&placer, &Call::Stats(id)).await.unwrap() else { panic!() };
         assert!(stats.memory_bytes > 0 && stats.pids >= 2, "{stats:?}");
         assert_eq!(call(&placer, &Call::Pause(id)).await, Ok(Answer::Done));
@@ -374,7 +377,16 @@ fn a_kill_at_any_moment_loses_and_doubles_nothing() {
                 ids.insert(again.sandbox);
             }
             assert_eq!(ids.len(), asked.len());
-            assert_eq!(place.boxes_of_programs("sleep"), ids.len(), "round {round}");
+            for id in &ids {
+                let record = inspect(&placer, *id).await;
+                assert_eq!(
+                    record.state,
+                    State::Running,
+                    "round {round}, {id}, {} ms old",
+                    record.age_ms
+                );
+            }
+            place.programs_become("sleep", ids.len());
             for id in ids {
                 call(&placer, &Call::Kill { sandbox: id, signal: 0 }).await.unwrap();
                 exited(&placer, id).await;
@@ -434,11 +446,7 @@ fn a_torn_journal_opens_and_nothing_stays_unowned() {
             // Either the journal knew it, and it goes on, or it was reaped: never both, never neither.
             let list = Call::List { tenant: String::new(), labels: vec![], ended: false };
             let Answer::Sandboxes(live) = call(&placer, &list).await.unwrap() else { panic!() };
-            let begun = Instant::now();
-            while place.boxes_of_programs("sleep") != live.len() {
-                assert!(begun.elapsed() < Duration::from_secs(5), "{live:?}");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
+            place.programs_become("sleep", live.len());
             started(&placer, &request(100 + round, "img", &["sleep", "444"])).await;
         });
     }

@@ -166,6 +166,19 @@ impl Place {
         processes(ours).len()
     }
 
+    /// Waits until so many run: a program that was just executed has its name a moment later.
+    pub(crate) fn programs_become(&self, name: &str, wanted: usize) {
+        let begun = Instant::now();
+        loop {
+            let there = self.boxes_of_programs(name);
+            if there == wanted {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(5), "{there} of {wanted} {name}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn descriptors(&self) -> usize {
         let pid = self.hostd.as_ref().unwrap().id();
         fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
