@@ -120,8 +120,9 @@ fn build_root(dev: OwnedFd) -> Step<()> {
         os("parking root", rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o755)))?;
     }
     let empty_options = [("mode", "0555"), ("size", "4k"), ("nr_inodes", "2")];
-    let empty = os("/sys", sys::new_mount("tmpfs", &empty_options, plain | sys::ATTR_RDONLY))?;
-    os("/sys", sys::attach(empty.as_fd(), root.as_fd(), "sys"))?;
+    let empty = os("empty", sys::new_mount("tmpfs", &empty_options, plain | sys::ATTR_RDONLY))?;
+    os("empty", sys::attach(empty.as_fd(), root.as_fd(), "empty"))?;
+    os("/sys", show_limits(root.as_fd()))?;
     os("/dev", sys::attach(dev.as_fd(), root.as_fd(), "dev"))?;
     let dev = os("/dev", open_directory(root.as_fd(), "dev"))?;
     // Terminals are counted for the whole machine: `max`, or one box could have them all.
@@ -145,6 +146,37 @@ fn build_root(dev: OwnedFd) -> Step<()> {
     os("leave host root", rustix::process::chdir("/"))
 }
 
+/// Makes `/sys`: nothing but, where runtimes look for the memory and CPU that they have, a read-only
+/// view of the box's own cgroup (its cgroup namespace ends there).
+fn show_limits(root: BorrowedFd<'_>) -> io::Result<()> {
+    let plain = sys::ATTR_NOSUID | sys::ATTR_NODEV | sys::ATTR_NOEXEC;
+    let options = [("mode", "0755"), ("size", "4k"), ("nr_inodes", "8")];
+    let tree = sys::new_mount("tmpfs", &options, plain)?;
+    let make = |name: &str| rustix::fs::mkdirat(&tree, name, Mode::from_raw_mode(0o755));
+    make("fs")?;
+    make("fs/cgroup")?;
+    let read_only = plain | sys::ATTR_RDONLY;
+    let mut views = Vec::new();
+    // Whichever the machine has; one that cannot be shown is left out, as everything else of /sys is.
+    for controller in ["memory", "cpu"] {
+        if let Ok(view) = sys::new_mount("cgroup", &[(controller, "")], read_only) {
+            make(&format!("fs/cgroup/{controller}"))?;
+            views.push((format!("fs/cgroup/{controller}"), view));
+        }
+    }
+    if views.is_empty()
+        && let Ok(view) = sys::new_mount("cgroup2", &[], read_only)
+    {
+        views.push(("fs/cgroup".to_owned(), view));
+    }
+    sys::mount_restrict(tree.as_fd(), read_only)?;
+    sys::attach(tree.as_fd(), root, "sys")?;
+    for (at, view) in views {
+        sys::attach(view.as_fd(), tree.as_fd(), &at)?;
+    }
+    Ok(())
+}
+
 fn open_directory(at: BorrowedFd<'_>, path: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     Ok(rustix::fs::openat(at, path, flags, Mode::empty())?)
@@ -163,7 +195,7 @@ fn mask(proc: BorrowedFd<'_>, dev: BorrowedFd<'_>, root: BorrowedFd<'_>) -> Step
         };
         let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
         let cover = if kind == rustix::fs::FileType::Directory {
-            sys::clone_tree(root, "sys", false)
+            sys::clone_tree(root, "empty", false)
         } else {
             sys::clone_tree(dev, "null", false)
         };

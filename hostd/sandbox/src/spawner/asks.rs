@@ -30,15 +30,7 @@ impl Spawning {
             Ask::Connect { id, port } => {
                 self.forward(from, &id, |number| ToBox::Connect { number, port });
             }
-            Ask::Kill { id } => {
-                let slot = self.by_id.get(&id).copied();
-                let built = slot.and_then(|slot| self.boxes.get_mut(&slot));
-                let answer = built.map_or(Answer::Failed(Fault::NoSandbox), |built| {
-                    built.kill();
-                    Answer::Done
-                });
-                self.answer(from, answer, Vec::new());
-            }
+            Ask::Kill { id } => self.kill(from, &id),
             Ask::Freeze { id, frozen } => self.on_box(from, &id, |built| {
                 built.group.freeze(frozen).map_err(|e| Fault::os("freezer", &e))?;
                 built.paused = frozen;
@@ -77,6 +69,24 @@ impl Spawning {
                 }
             }
         }
+    }
+
+    /// Kills in whatever state: a claim that still waits for a box too.
+    fn kill(&mut self, from: From, id: &SandboxId) {
+        if let Some(at) = self.waiting.iter().position(|w| w.claim.id == *id) {
+            if let Some(waited) = self.waiting.remove(at) {
+                let why = Fault::BoxDied { what: "waiting for a box: it was killed".into() };
+                self.answer((from.0, waited.number), Answer::Failed(why), Vec::new());
+            }
+            return self.answer(from, Answer::Done, Vec::new());
+        }
+        let slot = self.by_id.get(id).copied();
+        let built = slot.and_then(|slot| self.boxes.get_mut(&slot));
+        let answer = built.map_or(Answer::Failed(Fault::NoSandbox), |built| {
+            built.kill();
+            Answer::Done
+        });
+        self.answer(from, answer, Vec::new());
     }
 
     fn welcome(&mut self, from: From) {

@@ -164,8 +164,23 @@ fn proc_files(host: &Host) {
         .open("/proc/self/oom_score_adj")
         .and_then(|mut f| f.write_all(b"-900"));
     refused("lower oom_score_adj", lower);
-    let sys = fs::read_dir("/sys").map(Iterator::count).unwrap_or(0);
-    door("/sys", sys == 0, sys);
+    let names = |path: &str| -> Vec<_> {
+        fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.file_name()).collect()
+    };
+    door("/sys", names("/sys") == ["fs"] && names("/sys/fs") == ["cgroup"], names("/sys"));
+    for name in ["memory/memory.limit_in_bytes", "cpu/cpu.cfs_quota_us", "memory/cgroup.procs"] {
+        let open = OpenOptions::new().write(true).open(format!("/sys/fs/cgroup/{name}"));
+        refused(&format!("write cgroup {name}"), open);
+    }
+    refused("make a cgroup", fs::create_dir("/sys/fs/cgroup/memory/x"));
+    let agents = ["memory/release_agent", "memory/notify_on_release", "release_agent"];
+    for name in agents {
+        let wrote = fs::write(format!("/sys/fs/cgroup/{name}"), "1");
+        refused(&format!("write cgroup {name}"), wrote);
+    }
+    let up = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let outside = up.lines().any(|l| !l.ends_with(":/") && l.contains("volley"));
+    door("host cgroup paths", !outside, &up);
     refused("write /sys", File::create("/sys/x"));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     door("host paths in mountinfo", !mounts.contains(&host.secret_path), &host.secret_path);
