@@ -4,13 +4,14 @@
 //! inbox, the tick on which changes leave for the hub and rows for the writer. A datagram takes no lock and allocates
 //! nothing. Full channels make changes wait in the shard, never in a queue.
 
-use std::{cell::Cell, net::SocketAddr, sync::Arc, thread, time::Duration};
+use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use crossbeam::queue::ArrayQueue;
 use heartbeat_core::{
     Heard, Shard,
     flush::Flush,
     shard::{
+        gathered::{GATHERED_BYTES, Gathered},
         upkeep::{Census, Seen},
         writes::Batch,
     },
@@ -18,12 +19,7 @@ use heartbeat_core::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use wire::{
-    CapacityWord, Fault, HostId,
-    datagram::PREFIX_BYTES,
-    feed::Subscribe,
-    limits::{DATAGRAM_BYTES_MAX, TAG_BYTES},
-    map::HostAddr,
-    report::FailureReport,
+    CapacityWord, Fault, HostId, feed::Subscribe, map::HostAddr, report::FailureReport,
     seal::KeyEpoch,
 };
 use wire_net::udp::{Receiver, Sender};
@@ -38,12 +34,6 @@ const PIECE: usize = 16_384;
 const NEWS_MAX: usize = 8_192;
 /// Heartbeats that wait for their own shard's thread.
 const HANDED_ON_MAX: usize = 4_096;
-/// A heartbeat fits; nothing longer is handed on.
-const HANDED_ON_BYTES: usize = 128;
-
-const _: () = assert!(
-    PREFIX_BYTES + size_of::<wire::heartbeat::ArchivedHeartbeat>() + TAG_BYTES <= HANDED_ON_BYTES
-);
 
 /// What a placer said, for the hub.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +44,7 @@ pub(crate) enum Event {
 
 /// A heartbeat that arrived at another shard's socket.
 pub(crate) struct HandedOn {
-    bytes: [u8; HANDED_ON_BYTES],
+    bytes: [u8; GATHERED_BYTES],
     len: usize,
     from: SocketAddr,
 }
@@ -95,12 +85,46 @@ enum Walk {
     Seen(usize, Vec<Seen>, oneshot::Sender<Vec<Seen>>),
 }
 
-struct Thread {
-    at: usize,
+/// The part of a thread that takes datagrams.
+struct Taker {
     shard: Shard,
-    receiver: Receiver,
     sender: Sender,
     handover: Handover,
+    events: mpsc::Sender<Event>,
+    events_lost: u64,
+    handed_on: u64,
+}
+
+impl Taker {
+    fn take(&mut self, now_ms: u64, gathered: &mut Gathered<SocketAddr>) {
+        let Self { shard, sender, handover, events, events_lost, handed_on } = self;
+        shard.handle_gathered(now_ms, gathered, |heard, bytes, answer, from| {
+            let event = match heard {
+                Heard::Nothing => return,
+                Heard::Directive(_) => {
+                    let _ = sender.push(answer, from);
+                    return;
+                }
+                Heard::Elsewhere(to) => {
+                    *handed_on += 1;
+                    hand_on(&handover[to as usize], bytes, from);
+                    return;
+                }
+                Heard::Report { placer, report } => Event::Report { placer, report },
+                Heard::Subscribe { placer, key_epoch, subscribe } => {
+                    Event::Subscribe { placer, addr: from, key_epoch, subscribe }
+                }
+            };
+            *events_lost += u64::from(events.try_send(event).is_err());
+        });
+    }
+}
+
+struct Thread {
+    at: usize,
+    receiver: Receiver,
+    taker: Taker,
+    gathered: Gathered<SocketAddr>,
     inbox: mpsc::Receiver<Ask>,
     outlets: Outlets,
     pauses: Pauses,
@@ -109,8 +133,6 @@ struct Thread {
     walks: Vec<Walk>,
     news_at_ms: u64,
     round_at_ms: u64,
-    events_lost: u64,
-    handed_on: u64,
 }
 
 /// Starts a receiver thread, which ends soon after `stop`.
@@ -130,12 +152,19 @@ pub(crate) fn spawn(
         Fault::new(wire::Code::Internal, format!("a receiver thread did not start: {error}"))
     };
     let sender = receiver.sender().map_err(io)?;
-    let mut thread = Thread {
-        at,
+    let taker = Taker {
         shard,
-        receiver,
         sender,
         handover,
+        events: outlets.events.clone(),
+        events_lost: 0,
+        handed_on: 0,
+    };
+    let mut thread = Thread {
+        at,
+        receiver,
+        taker,
+        gathered: Gathered::default(),
         inbox,
         outlets,
         pauses,
@@ -144,8 +173,6 @@ pub(crate) fn spawn(
         walks: Vec::new(),
         news_at_ms: 0,
         round_at_ms: 0,
-        events_lost: 0,
-        handed_on: 0,
     };
     thread::Builder::new()
         .name(format!("receiver-{at}"))
@@ -163,7 +190,7 @@ impl Thread {
         let now_ms = self.clock.now_ms();
         self.take_handed_on(now_ms);
         // A socket that cannot send is said by the figures; receiving goes on.
-        let _ = self.sender.flush();
+        let _ = self.taker.sender.flush();
         while let Ok(ask) = self.inbox.try_recv() {
             self.take_ask(now_ms, ask);
         }
@@ -176,37 +203,18 @@ impl Thread {
     }
 
     fn hear(&mut self) {
-        let Self { shard, receiver, sender, handover, outlets, clock, .. } = self;
-        let (events_lost, handed_on) = (&mut self.events_lost, &mut self.handed_on);
+        let Self { receiver, clock, gathered, taker, .. } = self;
         // The clock is read once a batch, when its first datagram is there.
-        let now_ms = Cell::new(None);
-        let mut out = [0; DATAGRAM_BYTES_MAX];
+        let mut now_ms = None;
         let heard = receiver.recv(PATIENCE, |bytes, from| {
-            let now_ms = now_ms.get().unwrap_or_else(|| {
-                let now = clock.now_ms();
-                now_ms.set(Some(now));
-                now
-            });
-            let event = match shard.handle_datagram(now_ms, bytes, &mut out) {
-                Heard::Nothing => return,
-                Heard::Directive(len) => {
-                    let _ = sender.push(&out[..len], from);
-                    return;
-                }
-                Heard::Elsewhere(to) => {
-                    *handed_on += 1;
-                    hand_on(&handover[to as usize], bytes, from);
-                    return;
-                }
-                Heard::Report { placer, report } => Event::Report { placer, report },
-                Heard::Subscribe { placer, key_epoch, subscribe } => {
-                    Event::Subscribe { placer, addr: from, key_epoch, subscribe }
-                }
-            };
-            if outlets.events.try_send(event).is_err() {
-                *events_lost += 1;
+            let now_ms = *now_ms.get_or_insert_with(|| clock.now_ms());
+            if gathered.push(bytes, from) {
+                taker.take(now_ms, gathered);
             }
         });
+        if let Some(now_ms) = now_ms {
+            taker.take(now_ms, gathered);
+        }
         if let Err(error) = heard {
             tracing::error!(%error, "a receiver's socket failed; trying again");
             thread::sleep(Duration::from_millis(100));
@@ -214,17 +222,16 @@ impl Thread {
     }
 
     fn take_handed_on(&mut self, now_ms: u64) {
-        let mut out = [0; DATAGRAM_BYTES_MAX];
-        while let Some(handed) = self.handover[self.at].pop() {
-            let bytes = &handed.bytes[..handed.len];
-            if let Heard::Directive(len) = self.shard.handle_datagram(now_ms, bytes, &mut out) {
-                let _ = self.sender.push(&out[..len], handed.from);
+        while let Some(handed) = self.taker.handover[self.at].pop() {
+            if self.gathered.push(&handed.bytes[..handed.len], handed.from) {
+                self.taker.take(now_ms, &mut self.gathered);
             }
         }
+        self.taker.take(now_ms, &mut self.gathered);
     }
 
     fn take_ask(&mut self, now_ms: u64, ask: Ask) {
-        let shard = &mut self.shard;
+        let shard = &mut self.taker.shard;
         match ask {
             Ask::Rows(rows) => rows.iter().for_each(|row| {
                 shard.handle_row(now_ms, row);
@@ -265,23 +272,23 @@ impl Thread {
 
     fn figures(&self) -> Figures {
         Figures {
-            counters: *self.shard.counters(),
-            hosts: self.shard.len() as u64,
-            bytes: self.shard.bytes() as u64,
+            counters: *self.taker.shard.counters(),
+            hosts: self.taker.shard.len() as u64,
+            bytes: self.taker.shard.bytes() as u64,
             kernel_drops: self.receiver.kernel_drops(),
             rcvbuf_bytes: self.receiver.rcvbuf_bytes() as u64,
-            dirty: self.shard.dirty() as u64,
+            dirty: self.taker.shard.dirty() as u64,
             flush_failures: self.flush.failures(),
-            membership: self.shard.membership(),
-            events_lost: self.events_lost,
-            handed_on: self.handed_on,
+            membership: self.taker.shard.membership(),
+            events_lost: self.taker.events_lost,
+            handed_on: self.taker.handed_on,
         }
     }
 
     /// One piece of the oldest walk.
     fn walk(&mut self, now_ms: u64) {
         let Some(walk) = self.walks.first_mut() else { return };
-        let shard = &self.shard;
+        let shard = &self.taker.shard;
         let next = match walk {
             Walk::Census(from, census, _) => {
                 let next = shard.sweep(now_ms, *from, PIECE, census);
@@ -310,7 +317,7 @@ impl Thread {
     fn send_news(&mut self) {
         while let Ok(room) = self.outlets.news.try_reserve() {
             let mut news = Vec::new();
-            self.shard.take_news(NEWS_MAX, &mut news);
+            self.taker.shard.take_news(NEWS_MAX, &mut news);
             if news.is_empty() {
                 break;
             }
@@ -319,18 +326,18 @@ impl Thread {
     }
 
     fn send_batches(&mut self, now_ms: u64) {
-        if self.shard.round_left() == 0 {
+        if self.taker.shard.round_left() == 0 {
             if now_ms < self.round_at_ms {
                 return;
             }
             self.round_at_ms = now_ms + self.pauses.flush_ms;
-            if !self.shard.begin_round() {
+            if !self.taker.shard.begin_round() {
                 return;
             }
         }
         while self.flush.room(now_ms) > 0 {
             let Ok(room) = self.outlets.batches.try_reserve() else { return };
-            let Some(batch) = self.shard.take_batch() else { return };
+            let Some(batch) = self.taker.shard.take_batch() else { return };
             self.flush.handle_sent();
             room.send((self.at, batch));
         }
@@ -338,10 +345,10 @@ impl Thread {
 }
 
 fn hand_on(queue: &ArrayQueue<HandedOn>, bytes: &[u8], from: SocketAddr) {
-    if bytes.len() > HANDED_ON_BYTES {
+    if bytes.len() > GATHERED_BYTES {
         return;
     }
-    let mut handed = HandedOn { bytes: [0; HANDED_ON_BYTES], len: bytes.len(), from };
+    let mut handed = HandedOn { bytes: [0; GATHERED_BYTES], len: bytes.len(), from };
     handed.bytes[..bytes.len()].copy_from_slice(bytes);
     // A full queue loses a heartbeat, as a full socket does.
     let _ = queue.push(handed);

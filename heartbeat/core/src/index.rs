@@ -25,6 +25,11 @@ impl Index {
         (mixed >> 32) as usize & (self.slots.len() - 1)
     }
 
+    /// The record in the first slot of `id`: most likely its own. For prefetching.
+    pub(crate) fn first(&self, id: u64) -> u32 {
+        self.slots[self.home(id)]
+    }
+
     /// The record of `id`, where `id_at` tells the id of each record.
     pub(crate) fn get(&self, id: u64, id_at: impl Fn(u32) -> u64) -> Option<u32> {
         let mask = self.slots.len() - 1;

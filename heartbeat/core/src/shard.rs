@@ -25,6 +25,7 @@ use crate::{
     record::{Order, Record, mark},
 };
 
+pub mod gathered;
 pub mod upkeep;
 pub mod writes;
 

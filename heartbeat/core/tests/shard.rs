@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use heartbeat_core::{
     Heard, KeyRing, Row, Shard,
-    shard::upkeep::{Census, Standing},
+    shard::{
+        gathered::Gathered,
+        upkeep::{Census, Standing},
+    },
 };
 use proptest::prelude::*;
 use rand::{Rng, RngCore, SeedableRng, TryRngCore, rngs::SmallRng, seq::SliceRandom};
@@ -323,6 +326,43 @@ fn a_host_takes_less_than_128_bytes() {
     let bytes = shard.bytes() as f64 / shard.len() as f64;
     println!("{bytes:.1} bytes a host");
     assert!(bytes <= 128.0, "{bytes}");
+}
+
+/// A batch means what its datagrams mean one by one: answers, records, counters.
+#[test]
+fn batches_change_nothing_but_the_cost() {
+    let seed = rand::rngs::OsRng.try_next_u64().unwrap();
+    println!("seed {seed}");
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let (mut single, mut batched) = (shard(), shard());
+    let (mut gathered, mut out) = (Gathered::default(), [0; DATAGRAM_BYTES_MAX]);
+    let (mut answers, mut expected) = (Vec::new(), Vec::new());
+    for now_ms in 0..5_000u64 {
+        let flags = if rng.random_bool(0.2) { Heartbeat::ASK } else { 0 };
+        let said = Heartbeat { flags, ..beat(rng.random_range(1..50)) };
+        let mut bytes = sealed(rng.random_range(0..100), 1, &said);
+        match rng.random_range(0..10) {
+            0 => bytes[20] ^= 1,
+            1 => bytes.extend([0; 200]),
+            2 => bytes.truncate(rng.random_range(0..40)),
+            _ => {}
+        }
+        if let Heard::Directive(len) = single.handle_datagram(0, &bytes, &mut out) {
+            expected.push((now_ms, out[..len].to_vec()));
+        }
+        let full = gathered.push(&bytes, now_ms);
+        if full || rng.random_bool(0.1) || now_ms == 4_999 {
+            batched.handle_gathered(0, &mut gathered, |_, _, answer, at| {
+                if !answer.is_empty() {
+                    answers.push((at, answer.to_vec()));
+                }
+            });
+            assert!(gathered.is_empty());
+        }
+    }
+    assert_eq!(answers, expected);
+    assert_eq!(batched.counters(), single.counters());
+    (0..100).for_each(|host| assert_eq!(row(&batched, host), row(&single, host)));
 }
 
 /// H1: mutated datagrams by the hundred thousand, of known hosts too: none is accepted.
