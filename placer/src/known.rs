@@ -43,7 +43,7 @@ struct Launch {
 #[derive(Debug)]
 enum Stage {
     UnderWay(Vec<oneshot::Sender<LaunchReply>>),
-    Started(Box<Started>),
+    Started(Started),
     /// It may run there or not: no other host may get it.
     Pinned(HostId),
     Cancelled,
@@ -130,7 +130,7 @@ impl KnownHere {
                     return Entered::Conflict;
                 }
                 match &mut launch.stage {
-                    Stage::Started(started) => Entered::Started(**started),
+                    Stage::Started(started) => Entered::Started(*started),
                     Stage::Cancelled => Entered::Cancelled,
                     Stage::Pinned(host) => {
                         let host = *host;
@@ -151,7 +151,7 @@ impl KnownHere {
     /// A launch that was under way has ended; those who joined get its reply.
     pub(crate) fn leave(&self, id: LaunchId, left: Left, reply: &LaunchReply) {
         let remembered = match left {
-            Left::Started(started) => Some(Stage::Started(Box::new(started))),
+            Left::Started(started) => Some(Stage::Started(started)),
             Left::Pinned(host) => Some(Stage::Pinned(host)),
             Left::Failed => None,
         };

@@ -6,6 +6,7 @@
 
 use std::{rc::Rc, time::Duration};
 
+use heartbeat::store::Store;
 use placer_core::{Picked, Select};
 use wire::{CapacityWord, HostId, ShapeId};
 
@@ -19,8 +20,11 @@ const ROUNDS: usize = 4;
 
 impl Worker {
     /// A pick out of the store; `None` where the table must do.
-    pub(crate) async fn pick_from_store(self: &Rc<Self>, shape: ShapeId) -> Option<Picked> {
-        let store = self.shared.store.as_ref()?;
+    pub(crate) async fn pick_from_store(
+        self: &Rc<Self>,
+        store: &dyn Store,
+        shape: ShapeId,
+    ) -> Option<Picked> {
         for _ in 0..ROUNDS {
             let pair = self.draw_pair()?;
             let words = match tokio::time::timeout(READ, store.words(pair)).await {
