@@ -37,6 +37,8 @@ fn main() {
         ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
         ("no_descriptors_left", no_descriptors_left),
         ("a_replaced_binary_still_starts", a_replaced_binary_still_starts),
+        ("killed_at_any_moment", killed_at_any_moment),
+        ("spawner_killed_at_any_moment", spawner_killed_at_any_moment),
         ("forty_outlive_hostd", forty_outlive_hostd),
         ("full_is_refused_and_freed", full_is_refused_and_freed),
         ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
@@ -261,14 +263,8 @@ fn two_hundred_claims_leave_all_flat() {
         (fds, mounts(pid), mounts(std::process::id()), ours)
     };
     let pid = place.spawner.pid();
-    let settle = |place: &house::Place| loop {
-        let pool = wait(place.spawner.pool()).unwrap();
-        if pool[0].parked == 4 && pool[0].running == 0 && pool[0].slots_left == 60 {
-            break;
-        }
-    };
     place.shell("exit 0");
-    settle(&place);
+    settle(&place, 4);
     let before = look(pid);
     let pages = || {
         let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
@@ -279,7 +275,7 @@ fn two_hundred_claims_leave_all_flat() {
         let line = if round % 2 == 0 { "exit 0" } else { "no-such-thing; (sleep 100 &); exit 1" };
         place.shell(line);
     }
-    settle(&place);
+    settle(&place, 4);
     assert_eq!(look(pid), before);
     assert!(pages() <= rss + rss / 20 + 64, "{} pages, {rss} before", pages());
 }
@@ -350,6 +346,108 @@ fn a_replaced_binary_still_starts() {
     let Joined { spawner, live, .. } = Spawner::connect_or_start(&config(dir.path())).unwrap();
     assert_eq!(live.len(), 2);
     wait(spawner.shutdown(true)).unwrap();
+}
+
+/// A small generator, so that a failure can be had again from its seed.
+struct Dice(u64);
+
+impl Dice {
+    fn new(name: &str) -> Self {
+        let given = std::env::var("VOLLEY_SEED").ok().and_then(|s| s.parse().ok());
+        let seed = given.unwrap_or_else(hostd_sandbox::bench::now_ns) | 1;
+        println!("{name}: VOLLEY_SEED={seed}");
+        Self(seed)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+fn spin(us: u64) {
+    let end = hostd_sandbox::bench::now_ns() + us * 1000;
+    while hostd_sandbox::bench::now_ns() < end {
+        std::hint::spin_loop();
+    }
+}
+
+/// O1: a claim is killed at a random moment from being sent to long after its start. It has one of two
+/// outcomes, and either way nothing of it is left.
+fn killed_at_any_moment() {
+    let mut place = place(2);
+    let mut dice = Dice::new("killed_at_any_moment");
+    let (mut ran, mut failed) = (0, 0);
+    for _ in 0..100 {
+        let spec = place.spec(Program::new(["sh", "-c", "(sleep 1000 &); sleep 1001"]));
+        let (id, spawner) = (spec.id, place.spawner.clone());
+        let claimed = std::thread::spawn(move || spawner.claim_blocking(spec));
+        spin(dice.below(3000));
+        let killed = wait(place.spawner.kill(id));
+        match claimed.join().unwrap() {
+            Ok(_) => {
+                ran += 1;
+                if killed.is_err() {
+                    // It came before its claim did.
+                    wait(place.spawner.kill(id)).unwrap();
+                }
+                assert_eq!(place.exited(id).status.signal, Some(libc::SIGKILL));
+            }
+            Err(ClaimError::Failed(_)) => failed += 1,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    println!("{ran} ran, {failed} were killed before");
+    settle(&place, 2);
+    assert_eq!(wait(place.spawner.running()).unwrap(), (vec![], vec![]));
+}
+
+/// O1: the spawner is killed at a random moment of three claims. Each ends as unknown or started, and a
+/// sweep leaves nothing.
+fn spawner_killed_at_any_moment() {
+    let mut dice = Dice::new("spawner_killed_at_any_moment");
+    for _ in 0..12 {
+        let mut place = place(1);
+        let claims: Vec<_> = (0..3)
+            .map(|_| {
+                let spec = place.spec(Program::new(["sleep", "1000"]));
+                let spawner = place.spawner.clone();
+                std::thread::spawn(move || spawner.claim_blocking(spec))
+            })
+            .collect();
+        spin(dice.below(6000));
+        kill_spawner(place.spawner.pid());
+        for claim in claims {
+            match claim.join().unwrap() {
+                Ok(_) | Err(ClaimError::Unknown { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        loop {
+            let swept = hostd_sandbox::sweep(&place.config).unwrap();
+            if !swept.spawner_alive && swept.groups_left == 0 {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{swept:?}");
+        }
+        assert_clean(&place.config, place.spawner.pid());
+    }
+}
+
+/// Waits until the pool is full and nothing runs.
+fn settle(place: &house::Place, parked: u32) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        let pool = wait(place.spawner.pool()).unwrap();
+        let left = place.config.slots - parked;
+        if (pool[0].parked, pool[0].running, pool[0].slots_left) == (parked, 0, left) {
+            break;
+        }
+        assert!(std::time::Instant::now() < deadline, "{pool:?}");
+    }
 }
 
 fn be_hostd_of_forty(dir: &str, root: &str) {
