@@ -49,7 +49,18 @@ pub struct EmbeddedStore {
     rows: DashMap<HostId, Row>,
     drains: DashMap<HostId, Drain>,
     lease: Mutex<Option<(u64, Instant)>>,
-    writes: mpsc::Sender<Write>,
+    writes: Option<mpsc::Sender<Write>>,
+    commits: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for EmbeddedStore {
+    /// Lets go of the file before it returns: whoever opens it next must not find it busy.
+    fn drop(&mut self) {
+        self.writes = None;
+        if let Some(commits) = self.commits.take() {
+            let _ = commits.join();
+        }
+    }
 }
 
 fn away(error: impl std::fmt::Display) -> StoreError {
@@ -76,16 +87,25 @@ impl EmbeddedStore {
         })?;
         let (rows, drains) = load(&database)?;
         let (writes, queue) = mpsc::channel(QUEUE);
-        thread::Builder::new()
+        let commits = thread::Builder::new()
             .name("store".to_owned())
             .spawn(move || commit_all(&database, queue))
             .map_err(away)?;
-        Ok(Self { path: path.to_owned(), rows, drains, lease: Mutex::new(None), writes })
+        Ok(Self {
+            path: path.to_owned(),
+            rows,
+            drains,
+            lease: Mutex::new(None),
+            writes: Some(writes),
+            commits: Some(commits),
+        })
     }
 
     async fn write(&self, change: Change) -> Result<(), StoreError> {
         let (done, reply) = oneshot::channel();
-        self.writes.send((change, done)).await.map_err(away)?;
+        let closed = || StoreError::Away("it is being closed".to_owned());
+        let writes = self.writes.as_ref().ok_or_else(closed)?;
+        writes.send((change, done)).await.map_err(away)?;
         reply.await.map_err(away)?
     }
 }
@@ -286,14 +306,7 @@ mod tests {
             store.set_drain(&Drain { host: HostId(1), ..drain }).await.unwrap();
             store.clear_drain(HostId(1)).await.unwrap();
         }
-        // The commit thread lets go of the file when its queue is closed.
-        let store = loop {
-            match EmbeddedStore::open(&path) {
-                Ok(store) => break store,
-                Err(StoreError::Busy(_)) => tokio::task::yield_now().await,
-                Err(other) => panic!("{other}"),
-            }
-        };
+        let store = EmbeddedStore::open(&path).unwrap();
         let mut rows = store.scan(0).await.unwrap();
         rows.sort_by_key(|row| row.host);
         assert_eq!(rows, [row(1, 10), row(2, 11)]);
