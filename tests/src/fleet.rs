@@ -171,6 +171,24 @@ impl Fleet {
             .collect()
     }
 
+    /// Every process of it: its roles and all that they started.
+    #[must_use]
+    pub fn processes(&self) -> Vec<u32> {
+        let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter_map(|pid| Some((pid, parent(pid)?)))
+            .collect();
+        let mut found = vec![self.dev.id()];
+        let mut at = 0;
+        while let Some(of) = found.get(at).copied() {
+            found.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(pid, _)| *pid));
+            at += 1;
+        }
+        found
+    }
+
     /// Stops it as Ctrl-C does and gives back its exit code.
     ///
     /// # Panics
@@ -208,6 +226,12 @@ impl Drop for Fleet {
             let _ = self.dev.wait();
         }
     }
+}
+
+/// The parent of a process: the second field after its name, which may hold anything.
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
 /// Sends a signal to a process that this test started.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -13,7 +14,6 @@ fn a_user_runs_things_in_real_sandboxes() {
     if !can_box() {
         return;
     }
-    let before = Leftovers::now();
     let fleet = Fleet::up(&["--hosts", "2", "--burst", "50"]);
     let said = fleet.said.join("\n");
     assert!(said.contains("uid=0(root)") && said.contains("launches/sec"), "{said}");
@@ -23,41 +23,60 @@ fn a_user_runs_things_in_real_sandboxes() {
     files(&fleet);
     refusals(&fleet);
 
+    let traces = Traces::of(&fleet);
     assert_eq!(fleet.stop(), Some(0));
-    let after = Leftovers::now();
-    assert_eq!(before, after, "a stopped fleet leaves nothing behind");
+    traces.assert_gone();
 }
 
-/// What a fleet could leave: processes of ours, mounts, cgroups.
-#[derive(Debug, PartialEq, Eq)]
-struct Leftovers {
-    mounts: Vec<String>,
-    cgroups: Vec<String>,
+/// Whatever a stopped fleet could leave: processes, cgroups, mounts.
+#[derive(Debug)]
+struct Traces {
+    processes: Vec<u32>,
+    cgroups: Vec<PathBuf>,
+    state: String,
 }
 
-impl Leftovers {
-    fn now() -> Self {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let mut mounts: Vec<_> = mounts
-            .lines()
-            .filter_map(|line| Some(line.split(' ').nth(4)?.to_owned()))
-            .filter(|place| place.contains("volley") || place.contains("/dev/state"))
-            .collect();
-        mounts.sort();
-        let mut cgroups = Vec::new();
-        for controller in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let inside = fs::read_dir(controller.path()).into_iter().flatten().flatten();
-            let ours = inside.filter(|e| e.file_name().to_string_lossy().contains("volley"));
-            for group in ours {
-                // A host's own group may stay; a box's in it may not.
-                let boxes = fs::read_dir(group.path()).into_iter().flatten().flatten();
-                let boxes = boxes.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()));
-                cgroups.extend(boxes.map(|e| e.path().display().to_string()));
-            }
-        }
+impl Traces {
+    /// Of a fleet that is up.
+    fn of(fleet: &Fleet) -> Self {
+        let processes = fleet.processes();
+        let mut cgroups: Vec<_> = processes.iter().flat_map(|pid| cgroups(*pid)).collect();
         cgroups.sort();
-        Self { mounts, cgroups }
+        cgroups.dedup();
+        assert!(processes.len() > 6, "roles, spawners and parked boxes: {processes:?}");
+        assert!(!cgroups.is_empty(), "boxes are in cgroups");
+        Self { processes, cgroups, state: fleet.state().display().to_string() }
     }
+
+    fn assert_gone(&self) {
+        let alive: Vec<_> = self.processes.iter().filter(|pid| runs(**pid)).collect();
+        assert!(alive.is_empty(), "processes run on: {alive:?}");
+        let left: Vec<_> = self.cgroups.iter().filter(|group| group.exists()).collect();
+        assert!(left.is_empty(), "cgroups are left: {left:?}");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let left: Vec<_> = mounts.lines().filter(|line| line.contains(&self.state)).collect();
+        assert!(left.is_empty(), "mounts are left: {left:?}");
+    }
+}
+
+/// A zombie that its new parent has not reaped yet is gone.
+fn runs(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
+}
+
+/// The groups of boxes that a process is in.
+fn cgroups(pid: u32) -> Vec<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let group = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?.to_owned(), parts.next()?);
+        path.contains("/volley-").then(|| {
+            let first = controllers.split(',').next().unwrap_or_default().to_owned();
+            Path::new("/sys/fs/cgroup").join(first).join(path.trim_start_matches('/'))
+        })
+    };
+    text.lines().filter_map(group).filter(|path| path.exists()).collect()
 }
 
 fn run_passes_on(fleet: &Fleet) {
