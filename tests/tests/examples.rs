@@ -1,6 +1,7 @@
 //! The client library's examples, run as its documentation says, and commands that break off half-way.
 
 use std::{
+    path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -29,9 +30,17 @@ fn example(fleet: &Fleet, name: &str, command: &[&str]) -> Ran {
     let file: toml::Table = text.parse().unwrap();
     let placer = file["placers"][0].as_str().unwrap();
     let identity = file["identity"].as_str().unwrap();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut run = Command::new(cargo);
-    run.args(["run", "--quiet", "-p", "volley-client", "--example", name, "--"]);
+    // Where CI built everything, the example is there already.
+    let built =
+        std::env::var_os("VOLLEY_BIN").map(|bin| PathBuf::from(bin).with_file_name("examples"));
+    let mut run = match built.map(|folder| folder.join(name)).filter(|example| example.exists()) {
+        Some(example) => Command::new(example),
+        None => {
+            let mut run = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            run.args(["run", "--quiet", "-p", "volley-client", "--example", name, "--"]);
+            run
+        }
+    };
     run.args([placer, identity, "dev", "shell"]).args(command);
     Ran::of(&mut run)
 }

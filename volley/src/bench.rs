@@ -4,7 +4,13 @@
 //! ceiling of the same run, and takes the fleet down; with `--running` it measures the fleet of the client file.
 //! What is measured and how is in the crate `bench`. Left out: judging figures; the SPEC does.
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fmt::Display,
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use bench::launch::{Carrier, Claim, Load, Options};
 use clap::{Args, Subcommand};

@@ -6,6 +6,7 @@
 use std::{fs, path::Path};
 
 use clap::{Args, Subcommand};
+use hostd_image::{MountConfig, MountMode, Mounter, Serving};
 use serde::Serialize;
 use wire::Code;
 
@@ -74,6 +75,7 @@ fn machine(output: Output) -> Result<(), Failure> {
         filesystem("overlay"),
         filesystem("erofs"),
         fuse(),
+        images(),
         io_uring(),
     ];
     show::list(output, &checks, ["CHECK", "VERDICT", "DETAIL"], |check| {
@@ -122,6 +124,32 @@ fn fuse() -> Check {
         "/dev/fuse is there",
         "images are unpacked instead of being mounted lazily",
     )
+}
+
+/// Mounts nothing of anybody's: an empty store in a scratch directory, as hostd would serve it.
+fn images() -> Check {
+    let tried = || -> Result<MountMode, Failure> {
+        let scratch =
+            tempfile::tempdir().map_err(|error| Failure::io("scratch directory", &error))?;
+        let config = MountConfig {
+            state_dir: scratch.path().join("state"),
+            cache_dir: scratch.path().join("cache"),
+            cache_bytes_max: 1 << 20,
+            store: wire_net::objects::open("mem://")?,
+            domain: "doctor".to_owned(),
+        };
+        runtime()?.block_on(async {
+            let mounter = Mounter::start_with(config, Serving::Inside).await?;
+            Ok(mounter.mode().clone())
+        })
+    };
+    match tried() {
+        Ok(MountMode::Lazy) => check("lazy images", true, "mounted lazily", ""),
+        Ok(MountMode::Unpacked { why }) => {
+            check("lazy images", false, "", &format!("unpacked once a host: {why}"))
+        }
+        Err(failure) => check("lazy images", false, "", &failure.message()),
+    }
 }
 
 fn io_uring() -> Check {

@@ -45,6 +45,11 @@ impl Failure {
         self
     }
 
+    /// What happened, without code and hint.
+    pub(crate) fn message(&self) -> String {
+        self.fault.message.clone()
+    }
+
     /// What the caller may act on.
     pub(crate) fn code(&self) -> Code {
         self.fault.code

@@ -352,9 +352,8 @@ impl From<PrepareError> for Failure {
                 failure.hint("check that the source can be read whole, then try again")
             }
             Code::Cancelled => failure.hint("prepare it again when you like"),
-            Code::Unreachable => {
-                failure.hint("check the reference and the registry; --registry-user for private images")
-            }
+            Code::Unreachable => failure
+                .hint("check the reference and the registry; --registry-user for private images"),
             _ => failure,
         }
     }

@@ -102,8 +102,7 @@ impl Step {
     fn args(&self) -> Vec<String> {
         let mut args: Vec<_> = self.args.iter().map(|arg| (*arg).to_owned()).collect();
         if self.args.last() == Some(&"--target-dir") {
-            let target = env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".to_owned());
-            args.push(format!("{target}/loom"));
+            args.push(format!("{}/loom", target()));
         }
         args
     }
@@ -112,6 +111,10 @@ impl Step {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
         command.args(self.args()).envs(self.env.iter().copied());
+        // Tests of whole fleets need not build again what this run has built.
+        if let Ok(here) = env::current_dir() {
+            command.env("VOLLEY_BIN", here.join(target()).join("debug/volley"));
+        }
         command
     }
 
@@ -120,6 +123,10 @@ impl Step {
         let env = self.env.iter().map(|(name, value)| format!("{name}='{value}' "));
         env.chain([format!("cargo {}", self.args().join(" "))]).collect()
     }
+}
+
+fn target() -> String {
+    env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".to_owned())
 }
 
 fn seconds(time: Duration) -> String {
