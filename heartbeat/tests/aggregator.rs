@@ -151,3 +151,59 @@ async fn a_store_or_a_port_of_another_process_is_said() {
     assert_eq!(fault.code, wire::Code::Busy, "{fault}");
     running.stop().await;
 }
+
+/// P8: "drain of 30 % at once, kill -9 in mid-drain": what was acknowledged is in force after the restart, the rest is not lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_of_a_third_survives_an_aggregator_that_dies_in_the_middle() {
+    let fleet = Fleet::new();
+    let running = fleet.start(|_| {}).await;
+    let mut senders = fleet.senders(300, &[running.udp]);
+    senders.hosts.iter_mut().for_each(|sim| sim.beat.running = 2);
+    senders.beat_all(20_000).unwrap();
+    until("all are known", async || (running.shards.census().await.total == 300).then_some(()))
+        .await;
+    let operator = fleet.operator(&running).await;
+    let drain = async |operator: &quinn::Connection, host| {
+        let call = Call::Drain { host, deadline_ms: 60_000, message: "third".to_owned() };
+        assert_eq!(wire_net::stream::call(operator, &call).await, Ok(Answer::Done));
+    };
+    for at in 0..50 {
+        drain(&operator, senders.hosts[at].host).await;
+    }
+    // Nothing is said to the store on the way out: a copy of its file is what a killed process leaves.
+    let store = fleet.dir.path().join("store");
+    std::fs::copy(&store, store.with_extension("killed")).unwrap();
+    running.stop().await;
+
+    let running = fleet.start(|config| config.store.push_str(".killed")).await;
+    assert_eq!(running.drains.known().len(), 50, "what was acknowledged");
+    senders.retarget(running.udp);
+    let operator = fleet.operator(&running).await;
+    senders.beat_all(20_000).unwrap();
+    until("all are known again", async || {
+        (running.shards.census().await.total == 300).then_some(())
+    })
+    .await;
+    for at in 50..100 {
+        drain(&operator, senders.hosts[at].host).await;
+    }
+    senders.beat_all(20_000).unwrap();
+    until("a third was told", async || {
+        senders.take_directives().unwrap();
+        let told =
+            |sim: &heartbeat::fleet_sender::SimHost| sim.beat.flags & Heartbeat::DRAINING != 0;
+        (senders.hosts.iter().filter(|sim| told(sim)).count() == 100).then_some(())
+    })
+    .await;
+    senders.hosts[0].beat.running = 0;
+    senders.beat_all(20_000).unwrap();
+    let states = until("one is drained and the others drain", async || {
+        let hosts = fleet::hosts(&operator).await;
+        let drained = hosts.iter().filter(|host| host.state == "drained").count();
+        (drained == 1).then_some(hosts)
+    })
+    .await;
+    assert_eq!(states.iter().filter(|host| host.state == "draining").count(), 99);
+    assert!(states.iter().all(|host| host.state != "drained" || host.running == 0));
+    running.stop().await;
+}

@@ -228,3 +228,29 @@ async fn junk_is_counted_and_good_traffic_goes_on() {
     assert!(flood.recv_from(&mut junk).is_err(), "no answer to what does not verify");
     running.stop().await;
 }
+
+/// H7: "10,000 hosts in phase: no loss with the configured buffer".
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_hosts_in_phase_are_all_heard() {
+    let fleet = Fleet::new();
+    let running = fleet.start(|_| {}).await;
+    let figures = running.shards.figures().await;
+    let rcvbuf_bytes: u64 = figures.iter().map(|shard| shard.rcvbuf_bytes).sum();
+    // A small datagram takes about 800 bytes of buffer.
+    if rcvbuf_bytes < 10_000 * 800 {
+        return println!("skipped: the kernel gave {rcvbuf_bytes} bytes of receive buffer");
+    }
+    let mut senders = fleet.senders(10_000, &[running.udp]);
+    for round in 1..=5u64 {
+        senders.beat_all(u64::MAX).unwrap();
+        until("all were heard", async || {
+            let figures = running.shards.figures().await;
+            let accepted: u64 = figures.iter().map(|shard| shard.counters.accepted).sum();
+            let drops: u64 = figures.iter().map(|shard| shard.kernel_drops).sum();
+            assert_eq!(drops, 0);
+            (accepted == 10_000 * round).then_some(())
+        })
+        .await;
+    }
+    running.stop().await;
+}
