@@ -16,7 +16,7 @@ pub(super) fn digest(bytes: &[u8]) -> String {
     to_hex(&Sha256::digest(bytes))
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     out.write_all(bytes).unwrap();
     out.finish().unwrap()
@@ -37,7 +37,7 @@ pub(super) fn tar_of(entries: &[(&str, &str)]) -> Vec<u8> {
     out.into_inner().unwrap()
 }
 
-fn layers() -> Vec<Vec<u8>> {
+pub(super) fn layers() -> Vec<Vec<u8>> {
     vec![
         tar_of(&[
             ("a/", ""),
@@ -51,7 +51,7 @@ fn layers() -> Vec<Vec<u8>> {
     ]
 }
 
-fn check_layers(root: &Path) {
+pub(super) fn check_layers(root: &Path) {
     let paths: Vec<_> = snapshot(root).into_keys().map(|p| String::from_utf8(p).unwrap()).collect();
     assert_eq!(paths, ["", "a", "a/kept", "o", "o/y"]);
 }
@@ -67,7 +67,12 @@ fn config_json(diff_ids: &[String], arch: &str) -> String {
 }
 
 /// Writes an OCI layout, its layers packed as `pack` says.
-fn write_layout(dir: &Path, layers: &[Vec<u8>], arch: &str, pack: impl Fn(&[u8]) -> Vec<u8>) {
+pub(super) fn write_layout(
+    dir: &Path,
+    layers: &[Vec<u8>],
+    arch: &str,
+    pack: impl Fn(&[u8]) -> Vec<u8>,
+) {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
     let put = |bytes: &[u8]| {
