@@ -9,7 +9,7 @@ use std::{
 };
 
 use fleet::{Fleet, cassandra::Cassandra, published, until};
-use futures::{StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, stream};
 use heartbeat::store::{Store, StoreError, scylla::ScyllaStore};
 use heartbeat_core::{Drain, Row, shard::upkeep::Silent, shard::writes::Batch};
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
@@ -72,7 +72,7 @@ async fn scan(store: &ScyllaStore) -> Vec<Row> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_store_keeps_what_it_acknowledged() {
-    let node = match Cassandra::start().await {
+    let mut node = match Cassandra::start().await {
         Ok(node) => node,
         Err(why) => return println!("skipped: {why}"),
     };
@@ -120,6 +120,31 @@ async fn the_store_keeps_what_it_acknowledged() {
         written.iter().map(|row| Silent { host: row.host, seq: row.seq, heard_ms: 0 }).collect();
     store.remove(&gone).await.unwrap();
     assert!(scan(&store).await.is_empty());
+
+    // D1: killed in the middle of writes. What was acknowledged is there; what was not may be.
+    let again: Vec<Row> =
+        written.iter().take(20_000).map(|row| Row { seq: Seq(2), ..*row }).collect();
+    let parts = batches(&again);
+    let writing = stream::iter(&parts)
+        .map(|part| store.upsert(part).map(move |done| done.is_ok().then_some(part)))
+        .buffer_unordered(8);
+    let mut writing = std::pin::pin!(writing);
+    let mut acknowledged = Vec::new();
+    while let Some(done) = writing.next().await {
+        acknowledged.extend(done);
+        if acknowledged.len() == parts.len() / 2 {
+            node.signal("KILL");
+        }
+    }
+    println!("{} of {} batches acknowledged before the kill", acknowledged.len(), parts.len());
+    assert!(acknowledged.len() < parts.len());
+    node.kill_and_restart().await;
+    let store = ScyllaStore::open(node.url.strip_prefix("scylla://").unwrap()).await.unwrap();
+    let read = scan(&store).await;
+    let lost = acknowledged.iter().flat_map(|part| &part.rows).filter(|row| {
+        read.binary_search_by_key(&row.host, |read| read.host).map(|at| read[at]) != Ok(**row)
+    });
+    assert_eq!(lost.count(), 0);
 }
 
 /// Invariant 3: an older heartbeat never overwrites a newer one, whatever order the writes arrive in.

@@ -2,7 +2,7 @@
 
 use std::{
     net::TcpListener,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -10,7 +10,8 @@ use std::{
 pub(crate) struct Cassandra {
     child: Child,
     pub(crate) url: String,
-    _dir: tempfile::TempDir,
+    ports: [u16; 2],
+    dir: tempfile::TempDir,
 }
 
 impl Drop for Cassandra {
@@ -21,6 +22,21 @@ impl Drop for Cassandra {
     }
 }
 
+fn script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/engines/cassandra.sh")
+}
+
+fn spawn(dir: &Path, [cql, storage]: [u16; 2]) -> Result<Child, String> {
+    Command::new(script())
+        .arg("run")
+        .arg(dir)
+        .args([cql.to_string(), storage.to_string()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| error.to_string())
+}
+
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
@@ -28,36 +44,41 @@ pub(crate) fn free_port() -> u16 {
 impl Cassandra {
     /// Starts a node and makes our tables; else says why there is none.
     pub(crate) async fn start() -> Result<Self, String> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/engines/cassandra.sh");
-        let fetched = Command::new(&script).arg("fetch").output().map_err(|e| e.to_string())?;
+        let fetched = Command::new(script()).arg("fetch").output().map_err(|e| e.to_string())?;
         if !fetched.status.success() {
             return Err(String::from_utf8_lossy(&fetched.stderr).trim().to_owned());
         }
         let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
-        let (cql, storage) = (free_port(), free_port());
-        let child = Command::new(&script)
-            .arg("run")
-            .arg(dir.path())
-            .args([cql.to_string(), storage.to_string()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(|error| error.to_string())?;
-        let url = format!("scylla://127.0.0.1:{cql}/volley");
-        let mut node = Self { child, url, _dir: dir };
+        let ports = [free_port(), free_port()];
+        let child = spawn(dir.path(), ports)?;
+        let url = format!("scylla://127.0.0.1:{}/volley", ports[0]);
+        let mut node = Self { child, url, ports, dir };
+        node.wait().await?;
+        Ok(node)
+    }
+
+    async fn wait(&mut self) -> Result<(), String> {
         let began = Instant::now();
         loop {
-            match heartbeat::store::init(&node.url, 1).await {
-                Ok(()) => return Ok(node),
+            match heartbeat::store::init(&self.url, 1).await {
+                Ok(()) => return Ok(()),
                 Err(_) if began.elapsed() < Duration::from_secs(180) => {}
                 Err(error) => return Err(format!("Cassandra did not come up: {error}")),
             }
-            if let Ok(Some(status)) = node.child.try_wait() {
-                let out = std::fs::read_to_string(node._dir.path().join("stdout"));
+            if let Ok(Some(status)) = self.child.try_wait() {
+                let out = std::fs::read_to_string(self.dir.path().join("stdout"));
                 return Err(format!("Cassandra ended ({status}): {}", out.unwrap_or_default()));
             }
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
+    }
+
+    /// `kill -9`, then the same node again.
+    pub(crate) async fn kill_and_restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = spawn(self.dir.path(), self.ports).unwrap();
+        self.wait().await.unwrap();
     }
 
     /// Sends a signal to this node alone.
