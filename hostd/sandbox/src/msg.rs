@@ -12,7 +12,7 @@ use crate::spec::{
 };
 
 /// Version of everything in this file. A hostd joins only a spawner of its own version.
-pub(crate) const PROTOCOL: u32 = 3;
+pub(crate) const PROTOCOL: u32 = 4;
 
 /// hostd to spawner.
 #[derive(Archive, Serialize, Deserialize, Debug)]

@@ -359,6 +359,14 @@ pub enum FileOp {
         /// With everything in it.
         recursive: bool,
     },
+    /// Tells changes of a file, or of a directory's entries. The answer is [`FileAnswer::Open`] with a
+    /// pipe of records: one byte (`c` made, `m` written, `a` attributes, `f` moved away, `t` moved here,
+    /// `d` removed, `o` some were lost), the entry's name (empty for the path itself), a zero byte.
+    /// It ends when what is watched is gone; close it to stop.
+    Watch {
+        /// Path.
+        path: String,
+    },
     /// Renames.
     Rename {
         /// From.

@@ -35,6 +35,7 @@ fn main() {
         ("exec_in_a_running_box", exec_in_a_running_box),
         ("a_terminal", a_terminal),
         ("file_operations", file_operations),
+        ("a_watched_directory", a_watched_directory),
         ("a_port_of_the_box", a_port_of_the_box),
         ("pause_and_resume", pause_and_resume),
         ("ids_and_pools", ids_and_pools),
@@ -380,6 +381,37 @@ fn file_operations() {
     assert_eq!(errno(FileOp::Read { path: path("/dev/zero") }), Some(libc::EINVAL));
     let score = FileOp::Write { path: path("/proc/self/oom_score_adj"), mode: 0, append: true };
     assert!(matches!(errno(score), Some(libc::EPERM | libc::EACCES)));
+}
+
+fn a_watched_directory() {
+    let mut place = place(2);
+    let line =
+        "mkdir /w; echo up; read x; echo 1 > /w/a; mv /w/a /w/b; rm /w/b; rm -r /w; sleep 1000";
+    let program = Program { stdin: true, ..Program::new(["sh", "-c", line]) };
+    let mut running = place.claim(program).unwrap();
+    let mut up = [0; 3];
+    fs::File::from(running.stdio.stdout.take().unwrap()).read_exact(&mut up).unwrap();
+    let watch = FileOp::Watch { path: "/w".into() };
+    let Ok(FileAnswer::Open(changes)) = wait(place.spawner.file(running.id, watch)) else {
+        panic!()
+    };
+    let missing = FileOp::Watch { path: "/none".into() };
+    let Err(ClaimError::Failed(why)) = wait(place.spawner.file(running.id, missing)) else {
+        panic!()
+    };
+    assert_eq!(why.errno(), Some(libc::ENOENT));
+    rustix::io::write(running.stdio.stdin.as_ref().unwrap(), b"\n").unwrap();
+    // Ends by itself: what it watched is gone.
+    assert_eq!(read_all(changes), "ca\0ma\0fa\0tb\0db\0d\0");
+    // One that is no longer read ends too.
+    let watch = FileOp::Watch { path: "/etc".into() };
+    let before = wait(place.spawner.stats(running.id)).unwrap().pids;
+    let Ok(FileAnswer::Open(changes)) = wait(place.spawner.file(running.id, watch)) else {
+        panic!()
+    };
+    while wait(place.spawner.stats(running.id)).unwrap().pids <= before {}
+    drop(changes);
+    while wait(place.spawner.stats(running.id)).unwrap().pids > before {}
 }
 
 fn echo_server() {

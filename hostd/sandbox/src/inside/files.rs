@@ -3,7 +3,7 @@
 //! A child, so that a lazy read or a hostile file that blocks holds up nobody else. It runs as the
 //! box's root with the box's capabilities, below the box's filters and landlock. Descriptors go out
 //! only for regular files of the root itself or of a tmpfs: a file of `/proc` that the (powerful)
-//! host then wrote to would be a way out. Left out: watching, extended attributes.
+//! host then wrote to would be a way out. Left out: extended attributes.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::watch::{self, Watch};
 use crate::error::Fault;
 use crate::msg::FileResult;
 use crate::spec::{FileKind, FileOp, FileStat};
@@ -28,8 +29,17 @@ fn os<T>(what: &str, result: io::Result<T>) -> Result<T, Fault> {
     result.map_err(|e| Fault::os(what, &e))
 }
 
-/// Does one operation.
-pub(super) fn operate(op: &FileOp) -> Result<(FileResult, Option<OwnedFd>), Fault> {
+/// Does one operation. A watch goes on after its answer.
+pub(super) fn operate(op: &FileOp) -> Result<(FileResult, Option<OwnedFd>, Option<Watch>), Fault> {
+    if let FileOp::Watch { path } = op {
+        let (watch, reader) = os("watch", watch::begin(&absolute(path)))?;
+        return Ok((FileResult::Open, Some(reader), Some(watch)));
+    }
+    let (result, fd) = operate_once(op)?;
+    Ok((result, fd, None))
+}
+
+fn operate_once(op: &FileOp) -> Result<(FileResult, Option<OwnedFd>), Fault> {
     match op {
         FileOp::Read { path } => {
             let file = os("read", open(path, OFlags::RDONLY, 0))?;
@@ -61,6 +71,7 @@ pub(super) fn operate(op: &FileOp) -> Result<(FileResult, Option<OwnedFd>), Faul
             os("remove", remove(&absolute(path), *recursive))?;
             Ok((FileResult::Done, None))
         }
+        FileOp::Watch { .. } => Ok((FileResult::Done, None)),
         FileOp::Rename { from, to } => {
             os("rename", std::fs::rename(absolute(from), absolute(to)))?;
             Ok((FileResult::Done, None))

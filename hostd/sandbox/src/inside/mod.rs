@@ -12,6 +12,7 @@ mod run;
 mod serve;
 mod swap;
 mod users;
+mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::watch::Watch;
 use super::{files, run, tell, tell_with};
 use crate::error::Fault;
 use crate::fork;
@@ -120,10 +121,12 @@ impl Serving {
                 tell(control, &answer);
             }
             ToBox::File { number, op } => self.operation(control, number, || {
-                files::operate(&op).map(|(result, fd)| (FromBox::File { number, result }, fd))
+                let (result, fd, watch) = files::operate(&op)?;
+                Ok((FromBox::File { number, result }, fd, watch))
             }),
             ToBox::Connect { number, port } => self.operation(control, number, || {
-                files::connect(port).map(|fd| (FromBox::Connected { number }, Some(fd)))
+                let fd = files::connect(port)?;
+                Ok((FromBox::Connected { number }, Some(fd), None))
             }),
             // Neither comes to a box that runs.
             ToBox::Mapped | ToBox::Claim { .. } => {}
@@ -157,7 +160,7 @@ impl Serving {
         &mut self,
         control: &OwnedFd,
         number: u64,
-        work: impl FnOnce() -> Result<(FromBox, Option<OwnedFd>), Fault>,
+        work: impl FnOnce() -> Result<(FromBox, Option<OwnedFd>, Option<Watch>), Fault>,
     ) {
         // SAFETY: a box's init has one thread.
         let forked =
@@ -167,12 +170,16 @@ impl Serving {
                 self.children.insert(pid, Child::Operation(number));
             }
             Ok(None) => {
-                let (answer, fd) = match work() {
+                let (answer, fd, watch) = match work() {
                     Ok(done) => done,
-                    Err(why) => (FromBox::NotDone { number, why }, None),
+                    Err(why) => (FromBox::NotDone { number, why }, None, None),
                 };
                 let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
                 tell_with(control, &answer, &fds);
+                drop(fd);
+                if let Some(watch) = watch {
+                    watch.run();
+                }
                 sys::exit_now(0)
             }
             Err(why) => tell(control, &FromBox::NotDone { number, why }),

@@ -284,10 +284,11 @@ impl Spawning {
             return Err((Fault::Os { what, errno: libc::EINVAL }, false));
         }
         let (lowers, data_lowers) = fds.split_at(lowers);
+        let userns = built.userns.as_ref().ok_or((Fault::NoSandbox, false))?;
         let [root, writable] = compose(&Parts {
             lowers,
             data_lowers,
-            userns: built.userns.as_fd(),
+            userns: userns.as_fd(),
             uid_base,
             limits: &claim.limits,
         })
@@ -314,6 +315,7 @@ impl Spawning {
         given.extend(inner);
         let composed_ns = sys::now_ns();
         built.tell(&message, &given).map_err(|e| (Fault::os("tell the box", &e), true))?;
+        built.userns = None;
         Ok((ends, composed_ns))
     }
 }

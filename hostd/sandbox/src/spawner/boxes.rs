@@ -114,7 +114,8 @@ pub(super) struct Boxed {
     pub(super) pid: u32,
     pub(super) pidfd: OwnedFd,
     pub(super) control: OwnedFd,
-    pub(super) userns: OwnedFd,
+    /// Until it is claimed.
+    pub(super) userns: Option<OwnedFd>,
     pub(super) group: Group,
     pub(super) entry: Entry,
     pub(super) made_at: Instant,
@@ -176,7 +177,7 @@ impl Boxed {
                 pid,
                 pidfd,
                 control,
-                userns,
+                userns: Some(userns),
                 group,
                 entry: Entry::new(tally, shape, slot),
                 made_at: Instant::now(),

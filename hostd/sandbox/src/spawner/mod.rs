@@ -283,6 +283,23 @@ impl Spawning {
         let _ = std::fs::remove_file(socket_path(&self.config.state_dir));
         if let Some(to) = self.stopping {
             self.answer(to, Answer::Done, Vec::new());
+            self.flush_for(Duration::from_secs(2));
+        }
+    }
+
+    /// Waits for a slow hostd, so that the last word is heard.
+    fn flush_for(&mut self, most: Duration) {
+        let deadline = Instant::now() + most;
+        while let Some(connection) = &self.connection {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if connection.outbox.is_empty() || left.is_zero() {
+                return;
+            }
+            let mut ready =
+                [rustix::event::PollFd::new(&connection.socket, rustix::event::PollFlags::OUT)];
+            let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            let _ = rustix::event::poll(&mut ready, Some(&timeout));
+            self.flush();
         }
     }
 

@@ -20,9 +20,9 @@ use hostd_sandbox::{
 
 /// Programs of the machine that the test root gets, with their libraries.
 const PROGRAMS: &[&str] = &[
-    "sh", "ls", "cat", "id", "sleep", "head", "tail", "true", "false", "mkdir", "rm", "ln", "stat",
-    "wc", "tr", "dd", "env", "stty", "tty", "hostname", "readlink", "touch", "chmod", "chown",
-    "kill", "ps", "grep", "seq", "date", "uname", "pwd",
+    "sh", "ls", "cat", "id", "sleep", "head", "tail", "true", "false", "mkdir", "mv", "rm", "ln",
+    "stat", "wc", "tr", "dd", "env", "stty", "tty", "hostname", "readlink", "touch", "chmod",
+    "chown", "kill", "ps", "grep", "seq", "date", "uname", "pwd",
 ];
 
 /// Runs tests one after another; with an argument, those whose name holds it.
