@@ -2,7 +2,7 @@
 //!
 //! The caller calls [`Launch::poll`] after each `handle_*` and when a wait ends, and does what the [`Step`] says. Rules, of
 //! PROTOCOL 6 and DESIGN 5: refused goes to the other candidate, then to fresh picks; failed is reported and
-//! goes elsewhere; unknown (sent, and no answer) is asked again of the *same* host under the same id, then cancelled
+//! goes elsewhere; no room known anywhere is asked of one host all the same; unknown (sent, and no answer) is asked again of the *same* host under the same id, then cancelled
 //! there, and goes elsewhere only when the cancel was answered or the caller knows that nothing of it is left. The
 //! budget is time left and shrinks; attempts are bounded; each retry that is not a refusal costs a token of the thread's budget.
 //!
@@ -94,6 +94,7 @@ pub struct Launch {
     failed: u32,
     refused: u32,
     aborted: bool,
+    hoped: bool,
     fault: Option<Fault>,
     outcome: Option<Outcome>,
 }
@@ -115,6 +116,7 @@ impl Launch {
             failed: 0,
             refused: 0,
             aborted: false,
+            hoped: false,
             fault: None,
             outcome: None,
         }
@@ -314,8 +316,27 @@ impl Launch {
             Pick::NoHosts if self.attempts == 0 => {
                 self.fail(Code::NoHosts, "the fleet has no hosts; nothing was started".into());
             }
+            Pick::NoRoom if !self.hoped => {
+                self.hoped = true;
+                match self.hope(table, dispatch) {
+                    Some(picked) => self.hold(now, picked),
+                    None => self.give_up(dispatch),
+                }
+            }
             Pick::NoRoom | Pick::NoHosts => self.give_up(dispatch),
         }
+    }
+
+    /// Nobody is known to have room. Once a launch, and within the retry budget, a host is asked all the same.
+    fn hope<W: Words>(&self, table: &CapacityTable<W>, dispatch: &mut Dispatch) -> Option<Picked> {
+        let excluded = &self.excluded[..self.excluded_len];
+        let select = dispatch.policy.select;
+        let picked = select.pick_hopeful(table, dispatch.picker.rng(), self.shape, excluded)?;
+        if dispatch.take_retry() {
+            return Some(picked);
+        }
+        table.release(picked.reservation);
+        None
     }
 
     /// No host is left to try: says what the reason was on most.

@@ -23,6 +23,8 @@ pub const ROUNDS_MAX: usize = 8;
 
 /// Slots of that window.
 pub const WINDOW_SLOTS: usize = 512;
+#[expect(clippy::cast_possible_truncation, reason = "512")]
+const WINDOW: u32 = WINDOW_SLOTS as u32;
 
 /// Picks that a [`Picker`] draws ahead: enough to hide memory behind the picks between, few enough to stay in the
 /// nearest cache (two lines each).
@@ -155,6 +157,31 @@ impl Select {
             *candidate = read(table, candidate.slot, shape);
         }
         choose(table, &candidates[..count], rng, shape).map_or(Pick::NoRoom, Pick::Picked)
+    }
+
+    /// A host that is thought to be full, for a launch that found no room: sandboxes end without telling anybody before the next
+    /// heartbeat, and the host alone decides. Of a window, the host with the least under way and the least penalty.
+    #[cold]
+    pub fn pick_hopeful<W: Words>(
+        self,
+        table: &CapacityTable<W>,
+        rng: &mut impl RngCore,
+        shape: ShapeId,
+        excluded: &[HostId],
+    ) -> Option<Picked> {
+        let len = length(table);
+        let start = scale(rng.next_u32(), len);
+        let window = (0..len.min(WINDOW)).map(|step| (start + step) % len);
+        let slots = table.parts().slots;
+        let hopeful = window.filter_map(|slot| {
+            let word = CapacityWord(slots[slot as usize][WORD].load(Ordering::Relaxed));
+            let fair = word.flags() == 0 && !is_excluded(table, slot, excluded);
+            fair.then(|| read(table, slot, shape))
+        });
+        let key = |one: &Candidate| (one.reserved.penalty(), one.reserved.count(shape));
+        let best = hopeful.min_by_key(key)?;
+        let free_max = wire::limits::FREE_MAX;
+        (best.reserved.count(shape) < free_max).then(|| reserve(table, best, shape)).flatten()
     }
 
     /// Takes the candidate that came second, if it has room by now and is not excluded.
@@ -417,7 +444,7 @@ fn pick_in_window<W: Words>(
 ) -> Pick {
     let parts = table.parts();
     let start = scale(rng.next_u32(), len);
-    let window = WINDOW_SLOTS.min(len as usize);
+    let window = WINDOW.min(len);
     let mut anybody = false;
     let mut best: Option<(u8, Candidate)> = None;
     let mut slot = start;
