@@ -80,7 +80,7 @@ pub(crate) struct Pauses {
 
 /// An ask that is answered in pieces.
 enum Walk {
-    Census(usize, Census, oneshot::Sender<Census>),
+    Census(usize, u64, Census, oneshot::Sender<Census>),
     Addresses(usize, Vec<(HostId, HostAddr)>, oneshot::Sender<Vec<(HostId, HostAddr)>>),
     Seen(usize, Vec<Seen>, oneshot::Sender<Vec<Seen>>),
 }
@@ -255,7 +255,9 @@ impl Thread {
                 shard.handle_written(&rows, acknowledged);
                 self.flush.handle_done(now_ms, acknowledged);
             }
-            Ask::Census(reply) => self.walks.push(Walk::Census(0, Census::default(), reply)),
+            Ask::Census(judged_ms, reply) => {
+                self.walks.push(Walk::Census(0, judged_ms, Census::default(), reply));
+            }
             Ask::Addresses(reply) => self.walks.push(Walk::Addresses(0, Vec::new(), reply)),
             Ask::Seen(reply) => self.walks.push(Walk::Seen(0, Vec::new(), reply)),
             Ask::Words(from, max, reply) => {
@@ -290,8 +292,8 @@ impl Thread {
         let Some(walk) = self.walks.first_mut() else { return };
         let shard = &self.taker.shard;
         let next = match walk {
-            Walk::Census(from, census, _) => {
-                let next = shard.sweep(now_ms, *from, PIECE, census);
+            Walk::Census(from, judged_ms, census, _) => {
+                let next = shard.sweep_as_of(now_ms, *judged_ms, *from, PIECE, census);
                 next.inspect(|&next| *from = next)
             }
             Walk::Addresses(from, hosts, _) => {
@@ -308,7 +310,7 @@ impl Thread {
         }
         // Nobody may be waiting any more; then the answer is dropped.
         match self.walks.remove(0) {
-            Walk::Census(_, census, reply) => drop(reply.send(census)),
+            Walk::Census(_, _, census, reply) => drop(reply.send(census)),
             Walk::Addresses(_, hosts, reply) => drop(reply.send(hosts)),
             Walk::Seen(_, seen, reply) => drop(reply.send(seen)),
         }

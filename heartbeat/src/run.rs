@@ -315,6 +315,7 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         figures: Arc::clone(&sources.scan),
         hub: Arc::clone(&sources.hub),
         scan_ms: config.scan_ms,
+        looked_ms: 0,
     };
     tasks.spawn(scanner.run(stop.clone()));
     let mut watcher = Watcher {

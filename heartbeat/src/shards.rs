@@ -88,7 +88,8 @@ pub(crate) enum Ask {
     Revoked(BTreeSet<HostId>, oneshot::Sender<Vec<Silent>>),
     Remove(Vec<Silent>, oneshot::Sender<Vec<Silent>>),
     Written(Vec<(HostId, i64)>, bool),
-    Census(oneshot::Sender<Census>),
+    /// As of this time: see `Shard::sweep_as_of`.
+    Census(u64, oneshot::Sender<Census>),
     Addresses(oneshot::Sender<Vec<(HostId, HostAddr)>>),
     Seen(oneshot::Sender<Vec<Seen>>),
     Words(usize, usize, oneshot::Sender<Words>),
@@ -178,10 +179,15 @@ impl Shards {
         }
     }
 
-    /// Counts all hosts.
+    /// Counts all hosts, as of now.
     pub async fn census(&self) -> Census {
+        self.census_of(u64::MAX).await
+    }
+
+    /// Counts all hosts; who is silent is judged as of then.
+    pub(crate) async fn census_of(&self, judged_ms: u64) -> Census {
         let mut census = Census::default();
-        for part in self.ask_all(Ask::Census).await {
+        for part in self.ask_all(|reply| Ask::Census(judged_ms, reply)).await {
             census.add(part);
         }
         census

@@ -266,6 +266,9 @@ fn the_silent_are_found_and_one_that_speaks_in_time_stays() {
     let mut census = Census::default();
     shard.sweep(61_000, 0, usize::MAX, &mut census);
     assert_eq!(census.silent.iter().map(|silent| silent.host.0).collect::<Vec<_>>(), [1, 2]);
+    let mut early = Census::default();
+    shard.sweep_as_of(61_000, 60_000, 0, usize::MAX, &mut early);
+    assert_eq!((early.silent.len(), early.suspect), (0, 2), "the store was not looked at since");
     hand(&mut shard, 61_001, 1, 1, &beat(2));
     let removed: Vec<_> =
         census.silent.iter().filter(|silent| shard.handle_remove(silent)).collect();

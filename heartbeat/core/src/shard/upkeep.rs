@@ -254,19 +254,35 @@ impl Shard {
         max: usize,
         census: &mut Census,
     ) -> Option<usize> {
+        self.sweep_as_of(now_ms, now_ms, cursor, max, census)
+    }
+
+    /// As [`Shard::sweep`]; who is silent is judged as of `judged_ms`: with a shared store the beginning of its last complete scan, for what other
+    /// aggregators have written since then was not looked for yet.
+    pub fn sweep_as_of(
+        &self,
+        now_ms: u64,
+        judged_ms: u64,
+        cursor: usize,
+        max: usize,
+        census: &mut Census,
+    ) -> Option<usize> {
         let (records, next) = self.part(cursor, max);
         for record in records {
             census.total += 1;
-            match record.standing(now_ms) {
-                Standing::Alive => census.alive += 1,
-                Standing::Suspect => census.suspect += 1,
-                Standing::Quarantined => census.quarantined += 1,
-                Standing::Draining | Standing::Drained => census.draining += 1,
-                Standing::Dead => census.silent.push(Silent {
+            if record.standing(judged_ms.min(now_ms)) == Standing::Dead {
+                census.silent.push(Silent {
                     host: HostId(record.host),
                     seq: Seq(record.seq),
                     heard_ms: record.heard_ms(),
-                }),
+                });
+                continue;
+            }
+            match record.standing(now_ms) {
+                Standing::Alive => census.alive += 1,
+                Standing::Suspect | Standing::Dead => census.suspect += 1,
+                Standing::Quarantined => census.quarantined += 1,
+                Standing::Draining | Standing::Drained => census.draining += 1,
             }
         }
         next
