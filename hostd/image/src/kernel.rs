@@ -167,3 +167,11 @@ pub(crate) fn mount_erofs_by_loop(image: &Path, target: &Path) -> io::Result<()>
     let device = LoopDevice::attach(image)?;
     mount_erofs_source(Path::new(&device.path), target)
 }
+
+#[cfg(test)]
+pub(crate) fn mount_small_tmpfs(target: &Path, size: &str) -> io::Result<()> {
+    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&fs, "size", size)?;
+    fsconfig_create(&fs)?;
+    attach(&fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?, target)
+}

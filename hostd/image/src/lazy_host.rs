@@ -74,7 +74,10 @@ impl Dirs {
     /// Takes away what a server left that is no more, and makes what is missing.
     pub(crate) fn ready(&self) -> io::Result<()> {
         self.clear()?;
-        [&self.fuse, &self.images, &self.metas].into_iter().try_for_each(fs::create_dir_all)
+        [&self.fuse, &self.images, &self.metas].into_iter().try_for_each(fs::create_dir_all)?;
+        // Anybody may read objects through the FUSE mount: nobody but hostd gets there.
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        self.fuse.parent().map_or(Ok(()), |dir| fs::set_permissions(dir, private))
     }
 
     /// Where a holder's worker listens.

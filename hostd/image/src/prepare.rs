@@ -8,6 +8,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::StreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -26,6 +27,9 @@ use crate::refuse::PrepareError;
 use crate::registry::{Registry, RegistryAccess};
 use crate::source::Source;
 use crate::store::{DomainStore, NameRecord, image_path, name_path, pack_path};
+
+/// Earlier images that are looked at together.
+const FETCHES: usize = 8;
 
 /// What a prepare did.
 #[derive(Debug, Clone, PartialEq)]
@@ -192,16 +196,23 @@ async fn known(at: &DomainStore, name: &str, progress: &dyn Progress) -> Known {
     }
     let mut seen = std::collections::HashSet::new();
     ids.retain(|id| seen.insert(*id));
+    ids.truncate(KNOWN_IMAGES_MAX);
+    let manifests = futures::stream::iter(ids)
+        .map(|id| async move { at.manifest(id).await.ok() })
+        .buffered(FETCHES)
+        .filter_map(std::future::ready);
     let mut bytes = 0;
-    for id in ids.into_iter().take(KNOWN_IMAGES_MAX) {
-        let Ok(manifest) = at.manifest(id).await else { continue };
+    let fitting = manifests.take_while(|manifest| {
         bytes += manifest.index.bytes;
-        if bytes > KNOWN_INDEX_BYTES_MAX {
-            break;
-        }
-        if let Ok(index) = at.index(&manifest).await {
-            known.learn(&index);
-        }
+        std::future::ready(bytes <= KNOWN_INDEX_BYTES_MAX)
+    });
+    let indexes = fitting
+        .map(|manifest| async move { at.index(&manifest).await.ok() })
+        .buffered(FETCHES)
+        .filter_map(std::future::ready);
+    let mut indexes = std::pin::pin!(indexes);
+    while let Some(index) = indexes.next().await {
+        known.learn(&index);
     }
     known
 }

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use object_store::ObjectStore;
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::lazy_mount::{Overlay, is_lazy};
-use super::support::{memory, mounter, noise, prepared};
+use super::support::{make_varied, memory, mounter, noise, prepared, snapshot};
 use crate::{MountedImage, Mounter, Source};
 
 #[path = "../../examples/image_bench/store.rs"]
@@ -176,4 +178,83 @@ async fn a_boot_pack_brings_what_the_first_run_read() {
     assert!(one.unwrap() == noise(1, FILE_BYTES) && five.unwrap() == noise(5, FILE_BYTES));
     assert_eq!(two.unwrap_err().raw_os_error(), Some(libc::EIO));
     bed.far.loses.store(false, Ordering::Relaxed);
+}
+
+/// A copy of a store in which one bit of one object is another.
+async fn flipped(near: &Arc<dyn ObjectStore>, at: &Path, bit: u64) -> Arc<dyn ObjectStore> {
+    let copy = memory();
+    let all: Vec<_> = near.list(None).try_collect().await.unwrap();
+    for object in all {
+        let bytes = near.get(&object.location).await.unwrap().bytes().await.unwrap();
+        let mut bytes = bytes.to_vec();
+        if object.location == *at {
+            let byte = usize::try_from(bit / 8).unwrap();
+            bytes[byte] ^= 1 << (bit % 8);
+        }
+        copy.put(&object.location, bytes.into()).await.unwrap();
+    }
+    copy
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_flipped_bit_of_any_stored_object_gives_other_bytes() {
+    if !super::support::is_root() {
+        println!("skipped: owners and devices need root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("rootfs");
+    fs::create_dir(&root).unwrap();
+    make_varied(&root);
+    let near = memory();
+    prepared(&near, "x", Source::RootfsDir(root.clone())).await;
+    let want = snapshot(&root);
+    let objects: Vec<_> = near.list(None).try_collect().await.unwrap();
+    let (mut tried, mut harmless) = (0, 0);
+    for object in objects {
+        for part in 0..6 {
+            let bit = object.size * 8 * part / 6 + part;
+            let store = flipped(&near, &object.location, bit).await;
+            let host = tempfile::tempdir().unwrap();
+            let mounter = mounter(&store, host.path(), true).await;
+            tried += 1;
+            let Ok(id) = mounter.resolve("x").await else { continue };
+            if let Ok(image) = mounter.mount(id).await {
+                // A byte that nobody reads: all is as it was.
+                super::support::assert_same(&want, &snapshot(&image.layers().lower[0]));
+                harmless += 1;
+            }
+        }
+    }
+    println!("{tried} bits flipped, {harmless} where nobody looks");
+    assert!(harmless < tried / 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_costs_speed_and_nothing_else() {
+    let Some(bed) = bed().await else { return };
+    let host = tempfile::tempdir().unwrap();
+    let cache = host.path().join("cache");
+    fs::create_dir(&cache).unwrap();
+    crate::kernel::mount_small_tmpfs(&cache, "1m").unwrap();
+    let store: Arc<dyn ObjectStore> = bed.far.clone();
+    let second = mounter(&store, host.path(), false).await;
+    let image = second.mount(bed.image.id()).await.unwrap();
+    let (layers, target) = (image.layers().clone(), host.path().join("overlay"));
+    let read = move || {
+        let _overlay = Overlay::mount(&layers, &target);
+        (0..FILES).all(|n| fs::read(target.join(n.to_string())).unwrap() == noise(n, FILE_BYTES))
+    };
+    assert!(tokio::task::spawn_blocking(read).await.unwrap());
+    // Frames are written behind the reader's back.
+    for _ in 0..200 {
+        if second.metrics().await.unwrap().disk_write_failures > 0 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let metrics = second.metrics().await.unwrap();
+    drop(second);
+    crate::unmount(&cache).unwrap();
+    assert!(metrics.disk_write_failures > 0 && metrics.eio == 0, "{metrics:?}");
 }

@@ -4,6 +4,7 @@ mod erofs_kernel;
 mod faults;
 mod hostile;
 mod lazy_mount;
+mod real;
 mod registry;
 mod round_trip;
 mod sources;

@@ -44,3 +44,26 @@ async fn a_second_prepare_stores_only_what_is_new() {
     let names: Vec<_> = rows.iter().map(|row| row.name.as_str()).collect();
     assert_eq!(names, ["a", "b", "c"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_prepares_of_one_source_at_once_agree() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("rootfs");
+    fs::create_dir(&root).unwrap();
+    make_varied(&root);
+    let store = memory();
+    let prepare = |name| prepared(&store, name, Source::RootfsDir(root.clone()));
+    let (a, b) = futures::join!(prepare("a"), prepare("b"));
+    let elsewhere = memory();
+    let c = prepared(&elsewhere, "c", Source::RootfsDir(root.clone())).await;
+    // The same bytes are the same image, whoever prepares them, unless one found the other's packs.
+    assert_eq!(a.files, b.files);
+    assert!(a.id == c.id || b.id == c.id);
+    for summary in [a, b] {
+        let mounter = mounter(&store, dir.path(), true).await;
+        if is_root() {
+            let image = mounter.mount(summary.id).await.unwrap();
+            assert_same(&snapshot(&root), &snapshot(&image.layers().lower[0]));
+        }
+    }
+}
