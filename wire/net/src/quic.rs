@@ -3,7 +3,14 @@
 //! Why these values: DESIGN.md. A listener names the roles that it serves; a dialer names the peer that it wants.
 //! Left out: 0-RTT, which would need a replay guard and saves latency but no work (NUMBERS).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use quinn::{
     AckFrequencyConfig, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout,
@@ -36,6 +43,9 @@ const INITIAL_WINDOW_BYTES: u64 = 1 << 20;
 #[expect(clippy::cast_possible_truncation, reason = "asserted: 2^19")]
 const STREAM_WINDOW_BYTES: u32 = 2 * FRAME_BYTES_MAX as u32;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// First packets that wait for [`accept`], and all bytes that may wait with them.
+const INCOMING_MAX: usize = 8_192;
+const INCOMING_BYTES_MAX: u64 = 32 << 20;
 /// A dial gives up after this.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Packets that may come before one acknowledgement leaves.
@@ -125,6 +135,7 @@ fn server(identity: &Identity, roles: &[Role]) -> Result<ServerConfig, NetError>
     let crypto = tls::server_config(identity, roles).map_err(NetError::Identity)?;
     let mut server = ServerConfig::with_crypto(Arc::new(crypto));
     server.transport_config(Arc::new(transport()));
+    server.max_incoming(INCOMING_MAX).incoming_buffer_size_total(INCOMING_BYTES_MAX);
     // Nobody roams in a data centre, and a path probe is work that an attacker could ask for.
     server.migration(false);
     Ok(server)
@@ -210,11 +221,44 @@ pub async fn connect(
     }
 }
 
-/// Finishes an incoming handshake, says who it is, and grants the streams of its class.
+/// Handshakes of this process that wait for their peer's next packet.
+static HANDSHAKES: AtomicUsize = AtomicUsize::new(0);
+
+/// Beyond, a peer has to show first that it receives at its address, which costs us no memory (FAULTS Q4).
+const HANDSHAKES_UNPROVEN_MAX: usize = 1_024;
+/// Beyond, nobody is let in until some have ended.
+const HANDSHAKES_MAX: usize = 4_096;
+
+struct Handshake;
+
+impl Handshake {
+    /// Counts one, and says how many there are with it. A count of nothing else, hence relaxed.
+    fn begin() -> (Self, usize) {
+        (Self, HANDSHAKES.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        HANDSHAKES.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Finishes an incoming handshake, says who it is, and grants the streams of its class. Among very many handshakes at
+/// once a peer is asked to prove its address first; it comes again by itself.
 ///
 /// # Errors
 /// Why there is no connection: for a log at debug level, since anybody can cause it.
 pub async fn accept(incoming: quinn::Incoming) -> Result<(Connection, Peer), Fault> {
+    let (_handshake, under_way) = Handshake::begin();
+    if under_way > HANDSHAKES_MAX {
+        incoming.refuse();
+        return Err(Fault::new(Code::Overloaded, "too many handshakes at once; it was refused"));
+    }
+    if under_way > HANDSHAKES_UNPROVEN_MAX && incoming.may_retry() {
+        let _ = incoming.retry();
+        return Err(Fault::new(Code::Overloaded, "asked to prove its address"));
+    }
     let connection = incoming.await.map_err(|error| tls::explain(&error))?;
     let peer = tls::peer_of(&connection)?;
     let streams = Class::of(peer.role()).streams_max();
