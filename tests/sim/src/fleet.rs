@@ -327,7 +327,7 @@ impl World {
     }
 
     fn put_scan(&mut self) {
-        let at = self.queue.now() + u64::from(self.options.beat_ms) * 2_000;
+        let at = self.queue.now() + self.options.scan_ms * 1_000;
         self.queue.put(at, Event::Scan);
     }
 

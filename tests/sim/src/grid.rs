@@ -402,7 +402,11 @@ fn plot(points: &[(Cell, Point)], path: &Path) -> Result<(), Box<dyn std::error:
             let value = most * f64::from(quarter) / 4.0;
             let ends = vec![(left, y(value)), (left + WIDTH - 2 * MARGIN, y(value))];
             area.draw(&PathElement::new(ends, RGBColor(220, 220, 220)))?;
-            digits(&area, (left - 34, y(value) - 5), &format!("{value:.1}"))?;
+            digits(
+                &area,
+                (left - 34, y(value) - 5),
+                &if most < 1.0 { format!("{value:.2}") } else { format!("{value:.1}") },
+            )?;
         }
         for (at, stale_s) in STALE_S.into_iter().enumerate() {
             let x = left + step * i32::try_from(at)?;
@@ -449,7 +453,7 @@ fn digits(area: &Area<'_>, at: (i32, i32), text: &str) -> Result<(), Box<dyn std
         for (row, bits) in (0..).zip(rows) {
             for column in (0..3).filter(|column| bits & (4 >> column) != 0) {
                 let (x, y) = (at.0 + place * 8 + column * 2, at.1 + row * 2);
-                area.draw(&Rectangle::new([(x, y), (x + 1, y + 1)], BLACK.filled()))?;
+                area.draw(&Rectangle::new([(x, y), (x + 2, y + 2)], BLACK.filled()))?;
             }
         }
     }

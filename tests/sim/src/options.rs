@@ -43,6 +43,8 @@ pub struct Options {
     pub feed_late_us: Micros,
     /// Milliseconds between maps.
     pub map_ms: u64,
+    /// Milliseconds between slow scans.
+    pub scan_ms: u64,
     /// Share of launches that one tenant adds on top (1.0: as many again).
     pub hog: f64,
     /// What goes wrong.
@@ -120,6 +122,7 @@ impl Default for Options {
             reply_loss: 0.0,
             feed_late_us: 0,
             map_ms: 1_000,
+            scan_ms: 30_000,
             hog: 0.0,
             faults: Vec::new(),
             cancels_lie: false,

@@ -41,6 +41,7 @@ pub fn options(seed: u64) -> Options {
         reply_loss: if rng.random_bool(0.3) { rng.random_range(0.0..0.01) } else { 0.0 },
         feed_late_us: rng.random_range(0..200_000),
         map_ms: rng.random_range(500..3_000),
+        scan_ms: 16_000,
         hog: 0.0,
         faults,
         cancels_lie: false,

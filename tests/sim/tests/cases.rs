@@ -145,8 +145,14 @@ fn p6_a_herd_spreads() {
 #[test]
 fn p7_half_the_fleet_silent_removes_nobody() {
     let faults = vec![fault(2.0, 122.0, What::Silent(0.5))];
-    let options =
-        Options { seconds: 130, rate: 100.0, beat_ms: 5_000, faults, ..Options::default() };
+    let options = Options {
+        seconds: 130,
+        rate: 100.0,
+        beat_ms: 5_000,
+        scan_ms: 10_000,
+        faults,
+        ..Options::default()
+    };
     let outcome = go("P7", &options);
     assert!(outcome.braked && outcome.removed == 0, "removed {}", outcome.removed);
     assert!(outcome.success(0, usize::MAX) >= 0.9999);
@@ -199,4 +205,22 @@ fn q7_a_total_outage_is_not_amplified() {
     );
     assert!(sent as u64 * 10 <= offered * 11, "{sent} for {offered}");
     assert!(outcome.success(80, 90) >= 0.9999, "{}", outcome.success(80, 90));
+}
+
+#[test]
+fn p7_scans_faster_than_heartbeats_take_no_more_than_the_brake_allows() {
+    // heartbeatd scans every 5 s: hosts that fell silent together pass for dead over three scans.
+    let faults = vec![fault(2.0, 182.0, What::Silent(0.5))];
+    let options = Options {
+        seconds: 190,
+        rate: 20.0,
+        beat_ms: 15_000,
+        scan_ms: 5_000,
+        faults,
+        ..Options::default()
+    };
+    let outcome = go("P7, 5 s scans", &options);
+    println!("P7, 5 s scans: {} of 100 removed before the brake held", outcome.removed);
+    assert!(outcome.braked && outcome.removed <= 20, "removed {}", outcome.removed);
+    assert!(outcome.success(0, usize::MAX) >= 0.9999);
 }
