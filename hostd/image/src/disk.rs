@@ -35,14 +35,18 @@ pub(crate) enum DiskLook {
 }
 
 impl DiskFrames {
-    /// Opens a directory of frames, made if it is not there, and learns what is in it.
+    /// Opens a directory of frames, made if it is not there. What is in it is known after [`DiskFrames::scan`].
     pub(crate) fn open(dir: &Path, bytes_max: u64, domain: &Domain) -> io::Result<Self> {
-        fs::create_dir_all(dir)?;
+        (0..=255u8).try_for_each(|n| fs::create_dir_all(dir.join(to_hex(&[n]))))?;
+        let table = Mutex::default();
+        Ok(Self { dir: dir.to_owned(), bytes_max, domain: domain.clone(), table })
+    }
+
+    /// Learns what is there. Frames may be read and written meanwhile: one that is not known yet is fetched once more.
+    pub(crate) fn scan(&self) -> io::Result<()> {
         let mut found = Vec::new();
         for n in 0..=255u8 {
-            let sub = dir.join(to_hex(&[n]));
-            fs::create_dir_all(&sub)?;
-            for entry in fs::read_dir(&sub)? {
+            for entry in fs::read_dir(self.dir.join(to_hex(&[n])))? {
                 let entry = entry?;
                 let hash = entry.file_name().to_str().and_then(hash_from_hex);
                 let meta = entry.metadata()?;
@@ -53,10 +57,14 @@ impl DiskFrames {
             }
         }
         found.sort_unstable();
-        let mut table = Lru::default();
-        found.into_iter().for_each(|(_, hash, bytes)| table.insert(hash, bytes.into(), ()));
-        let table = Mutex::new(table);
-        Ok(Self { dir: dir.to_owned(), bytes_max, domain: domain.clone(), table })
+        for (_, hash, bytes) in found {
+            let mut table = self.table();
+            if table.get(&hash).is_none() {
+                table.insert(hash, bytes.into(), ());
+            }
+        }
+        self.make_room(0);
+        Ok(())
     }
 
     fn table(&self) -> MutexGuard<'_, Lru<()>> {
@@ -132,7 +140,9 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path, bytes_max: u64) -> DiskFrames {
-        DiskFrames::open(dir, bytes_max, &Domain::new("d").unwrap()).unwrap()
+        let disk = DiskFrames::open(dir, bytes_max, &Domain::new("d").unwrap()).unwrap();
+        disk.scan().unwrap();
+        disk
     }
 
     fn add(disk: &DiskFrames, n: u8) -> Hash {

@@ -78,6 +78,11 @@ impl Frames {
         &self.at
     }
 
+    /// Learns which frames are on disk.
+    pub(crate) fn scan_disk(&self) -> std::io::Result<()> {
+        self.disk.scan()
+    }
+
     pub(crate) fn disk_bytes(&self) -> u64 {
         self.disk.bytes()
     }

@@ -119,6 +119,7 @@ impl LazyHost {
                 .enable_all()
                 .build()?;
             let disk = DiskFrames::open(&frames_dir, cache_bytes_max, &at.domain)?;
+            disk.scan()?;
             let frames = Frames::new(at, disk, MEMORY_BYTES_MAX, runtime.handle().clone());
             let server = Arc::new(Server::new(frames, dirs.images.clone()));
             let file = device::open()?;

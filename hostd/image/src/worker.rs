@@ -89,6 +89,13 @@ pub(crate) fn work(
     let frames_dir = config.cache_dir.join("frames").join(at.domain.name());
     let disk = DiskFrames::open(&frames_dir, config.cache_bytes_max, &at.domain)?;
     let frames = Frames::new(at, disk, MEMORY_BYTES_MAX, runtime.handle().clone());
+    let scanned = frames.clone();
+    // Beside the rest: whoever takes over answers at once.
+    runtime.spawn_blocking(move || {
+        if let Err(error) = scanned.scan_disk() {
+            tracing::warn!(%error, "the frame cache was not read through");
+        }
+    });
     let server = Arc::new(Server::new(frames, dirs.images.clone()));
     let (device, threads) = Device::serve_all(files, &server, runtime.handle(), takes_over)?;
     if let Err(error) = device::raise_readahead(&dirs.fuse) {
