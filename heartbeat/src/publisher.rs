@@ -94,7 +94,8 @@ impl Publisher {
                 pause = self.step(&mut known) => pause,
             };
             let leads = known.leader.leads(self.clock.now_ms());
-            if self.leads.send_replace(leads) != leads {
+            let changed = self.leads.send_if_modified(|led| std::mem::replace(led, leads) != leads);
+            if changed {
                 tracing::info!(leads, "publishing");
             }
             tokio::select! {
