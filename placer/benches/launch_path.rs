@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p placer --bench launch_path -- [hosts] [in flight] [seconds] [connections]`. Prints launches a second and the
 //! processor time a launch of each part, then the same without a placer: launches straight from the client to the
-//! hosts, on lanes and with a stream each, as ceilings in the same run. Hosts answer from memory: no admission is measured.
+//! hosts, on lanes, in QUIC datagrams and with a stream each, as ceilings in the same run. Hosts answer from memory: no admission is measured.
 
 #![expect(
     clippy::unwrap_used,
@@ -35,7 +35,8 @@ use wire::{
 };
 use wire_net::{
     lane::{Lane, LaneServer},
-    objects, quic, stream,
+    objects, quic,
+    stream::{self, LaunchLost},
     tls::{FleetAuthority, Identity, Peer},
 };
 
@@ -53,12 +54,59 @@ fn main() {
     for _ in 0..2 {
         let load = Load { in_flight, seconds };
         let to_placer = vec![(placer, Role::Placer); connections as usize];
-        load.run("through the placer, lanes", &tenant, &to_placer, true);
+        load.run("through the placer, lanes", &tenant, &to_placer, Carrier::Lanes);
         let to_hosts: Vec<_> = addrs.iter().map(|(_, addr)| (*addr, Role::Host)).collect();
-        load.run("straight to the hosts, lanes", &as_placer, &to_hosts, true);
-        load.run("straight to the hosts, a stream each", &as_placer, &to_hosts, false);
+        load.run("straight to the hosts, lanes", &as_placer, &to_hosts, Carrier::Lanes);
+        load.run("straight to the hosts, datagrams", &as_placer, &to_hosts, Carrier::Datagrams);
+        load.run("straight to the hosts, a stream each", &as_placer, &to_hosts, Carrier::Streams);
     }
     std::process::exit(0);
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Carrier {
+    Lanes,
+    Datagrams,
+    Streams,
+}
+
+/// Launches in datagrams, matched by a tag. A lost one is counted as failed: a carrier would send it again.
+struct Datagrams {
+    connection: quinn::Connection,
+    waiting: std::sync::Mutex<HashMap<u32, tokio::sync::oneshot::Sender<bytes::Bytes>>>,
+    next: std::sync::atomic::AtomicU32,
+}
+
+impl Datagrams {
+    fn over(connection: quinn::Connection) -> Arc<Self> {
+        let this =
+            Arc::new(Self { connection, waiting: Default::default(), next: Default::default() });
+        let reader = Arc::clone(&this);
+        tokio::spawn(async move {
+            while let Ok(bytes) = reader.connection.read_datagram().await {
+                let tag = u32::from_le_bytes(*bytes.first_chunk().unwrap());
+                if let Some(waiting) = reader.waiting.lock().unwrap().remove(&tag) {
+                    let _ = waiting.send(bytes.slice(4..));
+                }
+            }
+        });
+        this
+    }
+
+    async fn launch(&self, head: LaunchHead, request: &[u8]) -> Result<LaunchReply, LaunchLost> {
+        let tag = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        self.waiting.lock().unwrap().insert(tag, sender);
+        let mut bytes = bytes::BytesMut::with_capacity(8 + request.len());
+        bytes.extend_from_slice(&tag.to_le_bytes());
+        bytes.extend_from_slice(&head.bytes());
+        bytes.extend_from_slice(request);
+        self.connection.send_datagram(bytes.freeze()).unwrap();
+        let lost = || LaunchLost::Unknown(wire::Fault::new(wire::Code::Unknown, "lost"));
+        let reply = tokio::time::timeout(Duration::from_millis(500), receiver).await;
+        LaunchReply::from_bytes(&reply.map_err(|_| lost())?.map_err(|_| lost())?)
+            .map_err(|_| lost())
+    }
 }
 
 struct Load {
@@ -67,7 +115,7 @@ struct Load {
 }
 
 impl Load {
-    fn run(&self, what: &str, identity: &Identity, to: &[(SocketAddr, Role)], lanes: bool) {
+    fn run(&self, what: &str, identity: &Identity, to: &[(SocketAddr, Role)], carrier: Carrier) {
         let done = Arc::new(AtomicU64::new(0));
         let failed = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
@@ -75,7 +123,7 @@ impl Load {
             let (identity, to, in_flight) = (identity.clone(), to.to_vec(), self.in_flight);
             let (done, failed, stop) = (Arc::clone(&done), Arc::clone(&failed), Arc::clone(&stop));
             std::thread::Builder::new().name("client".into()).spawn(move || {
-                runtime().block_on(offer(&identity, to, lanes, in_flight, done, failed, stop));
+                runtime().block_on(offer(&identity, to, carrier, in_flight, done, failed, stop));
             })
         };
         std::thread::sleep(Duration::from_millis(1_500));
@@ -100,7 +148,7 @@ impl Load {
 async fn offer(
     identity: &Identity,
     to: Vec<(SocketAddr, Role)>,
-    lanes: bool,
+    carrier: Carrier,
     in_flight: u64,
     done: Arc<AtomicU64>,
     failed: Arc<AtomicU64>,
@@ -111,7 +159,8 @@ async fn offer(
     for (addr, role) in to {
         let connection = quic::connect(&endpoint, addr, role).await.unwrap();
         let lane = Lane::open(&connection).await.unwrap();
-        links.push((connection, lane));
+        let datagrams = Datagrams::over(connection.clone());
+        links.push((connection, lane, datagrams));
     }
     let links = Arc::new(links);
     let mut tasks = Vec::new();
@@ -124,16 +173,16 @@ async fn offer(
             while !stop.load(Ordering::Relaxed) {
                 request.launch_id = draw_id();
                 let bytes = request.to_bytes();
-                let (connection, lane) = &links[turn % links.len()];
+                let (connection, lane, datagrams) = &links[turn % links.len()];
                 turn = turn.wrapping_mul(5).wrapping_add(7);
                 let head = LaunchHead::new(10_000);
-                let reply = if lanes {
-                    match lane.launch(head, &bytes) {
+                let reply = match carrier {
+                    Carrier::Lanes => match lane.launch(head, &bytes) {
                         Ok(reply) => reply.await,
                         Err(lost) => Err(lost),
-                    }
-                } else {
-                    stream::launch(connection, head, &bytes).await
+                    },
+                    Carrier::Datagrams => datagrams.launch(head, &bytes).await,
+                    Carrier::Streams => stream::launch(connection, head, &bytes).await,
                 };
                 match reply {
                     Ok(LaunchReply::Started(_)) => done.fetch_add(1, Ordering::Relaxed),
@@ -204,6 +253,14 @@ async fn serve_host(id: HostId, endpoint: quinn::Endpoint) {
     while let Some(incoming) = endpoint.accept().await {
         tokio::spawn(async move {
             let Ok((connection, _)) = quic::accept(incoming).await else { return };
+            let datagrams = connection.clone();
+            tokio::spawn(async move {
+                while let Ok(bytes) = datagrams.read_datagram().await {
+                    let mut reply = bytes[..4].to_vec();
+                    reply.extend(started(id, &bytes[4..]).to_bytes());
+                    let _ = datagrams.send_datagram(reply.into());
+                }
+            });
             while let Ok((mut send, mut recv)) = connection.accept_bi().await {
                 tokio::spawn(async move {
                     let mut scratch = bytes::BytesMut::new();

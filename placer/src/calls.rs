@@ -26,8 +26,10 @@ use crate::{known::Found, pool::Held, worker::Worker};
 
 /// Longest wait for a connection to the host of a call.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Longest wait for one host's list, or an aggregator's answer.
+/// Longest wait for one host's list.
 const ANSWER: Duration = Duration::from_secs(5);
+/// Longest wait for an aggregator's answer: a drain is answered once it is in force.
+const ADMIN: Duration = Duration::from_secs(20);
 /// Hosts asked at once by one list.
 const LIST_AT_ONCE: usize = 64;
 
@@ -207,7 +209,7 @@ impl Worker {
                 connection.close(0u32.into(), b"done");
                 answer
             };
-            match tokio::time::timeout(ANSWER, asked).await {
+            match tokio::time::timeout(ADMIN, asked).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(fault)) if fault.code != Code::Unreachable => return Err(fault),
                 Ok(Err(fault)) => last = fault,
