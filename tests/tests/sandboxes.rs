@@ -19,6 +19,7 @@ fn a_user_runs_things_in_real_sandboxes() {
     assert!(said.contains("uid=0(root)") && said.contains("launches/sec"), "{said}");
 
     run_passes_on(&fleet);
+    terminal(&fleet);
     detached(&fleet);
     files(&fleet);
     refusals(&fleet);
@@ -99,6 +100,27 @@ fn run_passes_on(fleet: &Fleet) {
 
     let ran = fleet.run(["run", "--image", "shell", "--", "sh", "-c", "kill -9 $$"]);
     assert_eq!(ran.code, Some(137), "{ran:?}");
+}
+
+/// A shell on a terminal, under `script`, which has one to give.
+fn terminal(fleet: &Fleet) {
+    let shell = format!("{} run -it --image shell -- sh", volley().display());
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--command", &shell, "/dev/null"]);
+    let script = script.env("VOLLEY_CLIENT", fleet.client());
+    let script = script.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let Ok(mut child) = script.spawn() else {
+        println!("skipped: no `script` to have a terminal from");
+        return;
+    };
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"tty; echo $((6 * 7)); exit 3\n").unwrap();
+    // Its end would end the terminal before the shell has answered.
+    let output = child.wait_with_output().unwrap();
+    drop(stdin);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("/dev/pts/") && said.contains("42"), "{output:?}");
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
 }
 
 fn detached(fleet: &Fleet) {

@@ -189,7 +189,8 @@ impl Row {
     }
 
     fn left(&self) -> String {
-        if self.left_ms == 0 { "-".to_owned() } else { show::age(self.left_ms) }
+        let over = self.left_ms == 0 || self.exit.is_some();
+        if over { "-".to_owned() } else { show::age(self.left_ms) }
     }
 }
 
