@@ -40,7 +40,7 @@ pub struct Totals {
     pub files: u64,
     /// Bytes of regular files, sparse ones at full length, each inode once.
     pub bytes: u64,
-    /// Bytes of the packs that hold the image, shared ones included.
+    /// Bytes of its frames as they are stored, those that other images share included.
     pub stored: u64,
 }
 

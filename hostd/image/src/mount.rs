@@ -266,15 +266,13 @@ impl Mounter {
         }
     }
 
-    /// Notes in the store that this host uses an image, so that the sweeper leaves it although no name has it any more. Holds
-    /// for a day: a host calls [`Mounter::renew_uses`] every few hours.
+    /// Notes in the store that this host uses an image, so that the sweeper leaves it although no name has it any more. Done
+    /// at each mount, and holds for a day: a host calls [`Mounter::renew_uses`] every few hours.
     ///
     /// # Errors
     /// [`ImageError::Store`] when the note could not be written.
     pub async fn note_use(&self, id: ImageId) -> Result<(), ImageError> {
-        let note = crate::store::use_path(&self.at.domain, id, &self.host_note);
-        let put = self.at.store.put(&note, object_store::PutPayload::default()).await;
-        put.map(drop).map_err(ImageError::Store)
+        write_note(&self.at, id, &self.host_note).await
     }
 
     /// Notes all images that are mounted: see [`Mounter::note_use`].
@@ -319,6 +317,13 @@ impl Mounter {
             Host::Lazy(host) => host.mount(id).await?,
             Host::Unpacked(host) => host.mount(id, &manifest, &|id| self.keep_if_used(id)).await?,
         };
+        let (at, note) = (self.at.clone(), self.host_note.clone());
+        // Beside the mount: nobody waits for a note.
+        tokio::spawn(async move {
+            if let Err(error) = write_note(&at, id, &note).await {
+                tracing::warn!(%error, image = %id, "the store was not told that an image is used");
+            }
+        });
         Ok(Arc::new(MountedImage { id, config: manifest.config, layers }))
     }
 
@@ -331,6 +336,12 @@ impl Mounter {
         }
         used
     }
+}
+
+async fn write_note(at: &DomainStore, id: ImageId, host: &str) -> Result<(), ImageError> {
+    let note = crate::store::use_path(&at.domain, id, host);
+    let put = at.store.put(&note, object_store::PutPayload::default()).await;
+    put.map(drop).map_err(ImageError::Store)
 }
 
 /// A name for this host's notes: the same after a restart, and another on another host.

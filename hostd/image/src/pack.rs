@@ -47,9 +47,24 @@ pub(crate) struct Known {
     frames: HashMap<Hash, (PackRef, FrameRef)>,
     /// Frame and offset of each object that is not cut; cut ones are found by their chunks.
     objects: HashMap<Hash, (Hash, u32)>,
+    /// Frames of metadata and indexes, with the packs that they are in.
+    blobs: HashMap<Hash, (Hash, FrameRef)>,
 }
 
 impl Known {
+    /// Learns where an image's metadata or index lies.
+    pub(crate) fn learn_blob(&mut self, packs: &[Hash], frames: &[FrameRef]) {
+        for frame in frames {
+            // A manifest's frames are checked against its packs.
+            self.blobs.entry(frame.hash).or_insert((packs[frame.pack as usize], *frame));
+        }
+    }
+
+    /// Parts with what only the metadata's writer needs.
+    pub(crate) fn take_blobs(&mut self) -> HashMap<Hash, (Hash, FrameRef)> {
+        std::mem::take(&mut self.blobs)
+    }
+
     pub(crate) fn learn(&mut self, index: &Index) {
         for frame in &index.frames {
             // `Index::decode` checked the ordinal.
@@ -354,15 +369,31 @@ impl<'a> Packer<'a> {
 pub(crate) struct BlobWriter<'a> {
     writer: PackWriter,
     sink: &'a mut dyn PackSink,
+    known: HashMap<Hash, (Hash, FrameRef)>,
     buffer: Vec<u8>,
     frames: Vec<FrameRef>,
     bytes: u64,
+    /// Stored bytes of all frames, those that were known included.
+    stored: u64,
 }
 
 impl<'a> BlobWriter<'a> {
-    pub(crate) fn new(domain: &Domain, sink: &'a mut dyn PackSink) -> Result<Self, PrepareError> {
+    /// `known` is what [`Known::take_blobs`] gave.
+    pub(crate) fn new(
+        domain: &Domain,
+        known: HashMap<Hash, (Hash, FrameRef)>,
+        sink: &'a mut dyn PackSink,
+    ) -> Result<Self, PrepareError> {
         let writer = PackWriter::new(domain)?;
-        Ok(Self { writer, sink, buffer: Vec::new(), frames: Vec::new(), bytes: 0 })
+        Ok(Self {
+            writer,
+            sink,
+            known,
+            buffer: Vec::new(),
+            frames: Vec::new(),
+            bytes: 0,
+            stored: 0,
+        })
     }
 
     pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), PrepareError> {
@@ -382,8 +413,15 @@ impl<'a> BlobWriter<'a> {
             return Ok(());
         }
         let hash = self.writer.domain.hash(&self.buffer);
-        let frame = self.writer.write(hash, &self.buffer, self.sink)?;
+        let frame = match self.known.get(&hash).copied() {
+            Some((hash, frame)) => {
+                let pack = self.writer.import(PackRef { hash, bytes: 0 })?;
+                FrameRef { pack, ..frame }
+            }
+            None => self.writer.write(hash, &self.buffer, self.sink)?,
+        };
         self.frames.push(frame);
+        self.stored += u64::from(frame.stored);
         self.bytes += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
@@ -406,7 +444,12 @@ impl<'a> BlobWriter<'a> {
         Ok(BlobRef { bytes, table: Table::Stored(frame) })
     }
 
-    /// The packs of all blobs, and the bytes stored for them.
+    /// Stored bytes of all frames so far, those that were known included.
+    pub(crate) fn stored(&self) -> u64 {
+        self.stored
+    }
+
+    /// The packs of all blobs, and the bytes that had to be stored for them.
     pub(crate) fn finish(mut self) -> Result<(Vec<Hash>, u64), PrepareError> {
         self.writer.flush(self.sink)?;
         Ok((self.writer.packs.iter().map(|pack| pack.hash).collect(), self.writer.written))

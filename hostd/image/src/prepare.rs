@@ -206,13 +206,18 @@ async fn known(at: &DomainStore, name: &str, progress: &dyn Progress) -> Known {
         bytes += manifest.index.bytes;
         std::future::ready(bytes <= KNOWN_INDEX_BYTES_MAX)
     });
-    let indexes = fitting
-        .map(|manifest| async move { at.index(&manifest).await.ok() })
-        .buffered(FETCHES)
-        .filter_map(std::future::ready);
-    let mut indexes = std::pin::pin!(indexes);
-    while let Some(index) = indexes.next().await {
+    let read = |manifest: Manifest| async move {
+        let index = at.index(&manifest).await.ok()?;
+        let meta = at.table(&manifest, &manifest.meta).await.ok()?;
+        let table = at.table(&manifest, &manifest.index).await.ok()?;
+        Some((manifest.packs, index, meta, table))
+    };
+    let all = fitting.map(read).buffered(FETCHES).filter_map(std::future::ready);
+    let mut all = std::pin::pin!(all);
+    while let Some((packs, index, meta, table)) = all.next().await {
         known.learn(&index);
+        known.learn_blob(&packs, &meta);
+        known.learn_blob(&packs, &table);
     }
     known
 }
@@ -227,24 +232,26 @@ struct Built {
 fn build(
     domain: &Domain,
     from: &Origin<'_>,
-    known: Known,
+    mut known: Known,
     sink: &mut dyn PackSink,
     progress: &dyn Progress,
 ) -> Result<Built, PrepareError> {
+    let known_blobs = known.take_blobs();
     let mut packer = Packer::new(domain, known, sink)?;
     let mut applier = Applier::new(&mut packer);
     let config = read_source(from, &mut applier, progress)?;
     let (tree, dropped) = (applier.tree, applier.dropped);
     let (index, object_bytes) = packer.finish()?;
     progress.begin("writing metadata", None);
-    let mut blobs = BlobWriter::new(domain, sink)?;
+    let mut blobs = BlobWriter::new(domain, known_blobs, sink)?;
     let mut totals = crate::erofs_write::write(&tree, &mut |bytes| blobs.write(bytes))?;
     let meta = blobs.end_blob()?;
     let too_long = || PrepareError::Format("the object index is too long".to_owned());
     blobs.write(&index.encode().ok_or_else(too_long)?)?;
     let index_blob = blobs.end_blob()?;
+    let object_frames: u64 = index.frames.iter().map(|frame| u64::from(frame.stored)).sum();
+    totals.stored = object_frames + blobs.stored();
     let (packs, blob_bytes) = blobs.finish()?;
-    totals.stored = blob_bytes + index.packs.iter().map(|pack| u64::from(pack.bytes)).sum::<u64>();
     let manifest = Manifest {
         domain: domain.name().to_owned(),
         config,
