@@ -117,6 +117,8 @@ pub struct Config {
     pub uid_base: Option<u32>,
     /// The object store that images are in.
     pub objects: String,
+    /// Mount images lazily where the kernel allows it; else each is unpacked once.
+    pub lazy_images: bool,
     /// Milliseconds that a sandbox lives whose launch did not say; zero for ever.
     pub hard_ms: u64,
     /// Bytes of output kept a process whose launch did not say.
@@ -149,6 +151,7 @@ impl Default for Config {
             pool: [4, 4, 2, 0],
             uid_base: None,
             objects: String::new(),
+            lazy_images: true,
             hard_ms: 3_600_000,
             log_bytes: 1 << 20,
             stop_ends_sandboxes: false,

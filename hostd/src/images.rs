@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hostd_image::{ImageError, MountConfig, MountedImage, Mounter};
+use hostd_image::{ImageError, MountConfig, MountMode, MountedImage, Mounter, Serving};
 use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 use wire::{Code, Fault, ImageId};
@@ -21,6 +21,9 @@ use crate::runtime::spawn;
 
 /// How long a name is taken to mean what it meant.
 const NAME_TTL: Duration = Duration::from_secs(3);
+
+/// Images that stay mounted though no sandbox uses them.
+const UNUSED_MAX: usize = 64;
 
 /// Names that are remembered; at the bound all are forgotten.
 const NAMES_MAX: usize = 4_096;
@@ -40,6 +43,7 @@ type Mounters = HashMap<String, Rc<OnceCell<Arc<Mounter>>>>;
 #[derive(Debug)]
 pub(crate) struct Images {
     store: Arc<dyn ObjectStore>,
+    serving: Serving,
     dir: PathBuf,
     cache_bytes_max: u64,
     mounters: RefCell<Mounters>,
@@ -47,9 +51,37 @@ pub(crate) struct Images {
 }
 
 impl Images {
-    /// Images of a store, kept under `dir`.
-    pub(crate) fn new(store: Arc<dyn ObjectStore>, dir: PathBuf, cache_bytes_max: u64) -> Self {
-        Self { store, dir, cache_bytes_max, mounters: RefCell::default(), names: Rc::default() }
+    /// Images of the store that `objects` names, kept under `dir`.
+    ///
+    /// # Errors
+    /// [`Code::Config`] or [`Code::Storage`]: there is no such store.
+    pub(crate) fn open(
+        objects: &str,
+        lazy: bool,
+        dir: PathBuf,
+        cache_bytes_max: u64,
+    ) -> Result<Self, Fault> {
+        let holder = || Serving::Holder { objects: objects.to_owned() };
+        Ok(Self {
+            store: wire_net::objects::open(objects)?,
+            serving: if lazy { holder() } else { Serving::Unpack },
+            dir,
+            cache_bytes_max,
+            mounters: RefCell::default(),
+            names: Rc::default(),
+        })
+    }
+
+    /// Tells the sweeper that images in use are, and takes away mounts that nobody uses. Call it every minute or so.
+    pub(crate) async fn tidy(&self, renew: bool) {
+        let mounters: Vec<Arc<Mounter>> =
+            self.mounters.borrow().values().filter_map(|cell| cell.get().cloned()).collect();
+        for mounter in mounters {
+            mounter.unmount_unused(UNUSED_MAX).await;
+            if renew && let Err(error) = mounter.renew_uses().await {
+                tracing::warn!(%error, "the sweeper was not told which images are in use");
+            }
+        }
     }
 
     async fn mounter(&self, tenant: &str) -> Result<Arc<Mounter>, Fault> {
@@ -61,7 +93,14 @@ impl Images {
             store: Arc::clone(&self.store),
             domain: tenant.to_owned(),
         };
-        let start = || async { Mounter::start(config()).await.map(Arc::new) };
+        let start = || async {
+            let mounter = Mounter::start_with(config(), self.serving.clone()).await?;
+            match mounter.mode() {
+                MountMode::Lazy => tracing::info!(tenant, "images are mounted lazily"),
+                mode => tracing::warn!(tenant, ?mode, "images are not mounted lazily"),
+            }
+            Ok::<_, ImageError>(Arc::new(mounter))
+        };
         cell.get_or_try_init(start).await.map(Arc::clone).map_err(|error| fault(&error))
     }
 
@@ -101,11 +140,19 @@ impl Images {
             return Ok(mounted);
         }
         // A task of its own: whoever gives up leaves it running.
-        let mounting = spawn(async move { mounter.mount(id).await });
+        let mounting = spawn(async move {
+            let mounted = mounter.mount(id).await?;
+            spawn(async move {
+                if let Err(error) = mounter.note_use(id).await {
+                    tracing::warn!(%error, "the sweeper was not told that an image is in use");
+                }
+            });
+            Ok(mounted)
+        });
         let mounted = mounting
             .await
             .map_err(|_| Fault::new(Code::Internal, "a mount ended without an answer"))?;
-        let mounted = mounted.map_err(|error| fault(&error))?;
+        let mounted = mounted.map_err(|error: ImageError| fault(&error))?;
         let arch = &mounted.config().arch;
         if !arch.is_empty() && arch != hostd_image::host_arch() {
             let text = format!(

@@ -28,3 +28,12 @@ mod streams;
 
 pub use config::{Boxes, Config, Engine, HostConfig, ShapeConfig};
 pub use run::run;
+
+/// Becomes a spawner of boxes, or a holder or server of images, if this process was started as one; then it never
+/// returns. Call it first thing in `main` of every binary that runs hostd with real boxes.
+pub fn main_if_asked() {
+    hostd_sandbox::main_if_asked();
+    hostd_image::main_if_asked(|url| {
+        wire_net::objects::open(url).map_err(|fault| fault.to_string())
+    });
+}

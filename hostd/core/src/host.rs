@@ -235,6 +235,8 @@ impl<N> Host<N> {
         sandbox.state = State::Running;
         sandbox.used_ms = now_ms;
         sandbox.lapse_at_ms = None;
+        let waited_ms = now_ms.saturating_sub(sandbox.admitted_ms);
+        sandbox.hard_at_ms = sandbox.hard_at_ms.map(|at_ms| at_ms.saturating_add(waited_ms));
         let started = Started { sandbox: sandbox.id, visible_at, word, steps };
         let launch_id = sandbox.launch_id;
         self.launches.settle(&launch_id, Fate::Started(started));

@@ -233,6 +233,20 @@ fn deadlines_end_what_runs_and_say_why() {
 }
 
 #[test]
+fn a_deadline_counts_from_the_execution() {
+    let mut host = host(10);
+    let asked = Ask { hard_ms: 300, ..ask(A, 1) };
+    let Admit::Begin(id) = host.handle_launch(0, &asked, |_| ()) else { panic!() };
+    host.watch(id.local);
+    host.handle_timeout(900);
+    host.handle_started(900, id.local, Steps::default()).unwrap();
+    host.handle_timeout(1_199);
+    assert_eq!(host.poll_deed(), None);
+    host.handle_timeout(1_200);
+    assert_eq!(host.poll_deed(), Some(Deed::Kill(id)));
+}
+
+#[test]
 fn an_extension_moves_the_deadline_and_a_pause_stops_the_idle_clock() {
     let mut host = host(10);
     let local = run(&mut host, 0, &Ask { hard_ms: 500, idle_ms: 100, ..ask(A, 1) });

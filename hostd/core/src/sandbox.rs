@@ -18,7 +18,7 @@ pub struct Sandbox<N> {
     pub state: State,
     /// When it was admitted, in ms.
     pub admitted_ms: u64,
-    /// When it is killed, in ms.
+    /// When it is killed, in ms. Until it was executed, as if it were now: its deadline counts from there.
     pub hard_at_ms: Option<u64>,
     /// Milliseconds without use after which it is killed; zero for never.
     pub idle_ms: u64,
@@ -50,7 +50,8 @@ impl<N> Sandbox<N> {
         // A paused sandbox is not used, and does not sit idle either: somebody froze it on purpose.
         let idle_at = (self.idle_ms > 0 && self.state == State::Running)
             .then(|| (self.used_ms.saturating_add(self.idle_ms), ExitWhy::Idle));
-        let hard_at = self.hard_at_ms.map(|at| (at, ExitWhy::Deadline));
+        let executed = self.state != State::Claimed;
+        let hard_at = self.hard_at_ms.filter(|_| executed).map(|at| (at, ExitWhy::Deadline));
         let lapse_at = self.lapse_at_ms.map(|at| (at, ExitWhy::Lost));
         [hard_at, idle_at, lapse_at].into_iter().flatten().min_by_key(|(at, _)| *at)
     }

@@ -82,6 +82,7 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
     }
     cell.act(now_ms);
     spawn(reconcile(Rc::clone(cell)));
+    spawn(tidy(Rc::clone(cell)));
     Ok(())
 }
 
@@ -152,6 +153,20 @@ async fn reconcile(cell: Rc<HostCell>) {
             tracing::error!(local, "a sandbox has no box any more");
             ended(&cell, real, now_ms, local, Exit { code: 137, why: ExitWhy::Lost });
         }
+    }
+}
+
+/// Looks after the host's images.
+async fn tidy(cell: Rc<HostCell>) {
+    const EVERY: Duration = Duration::from_secs(60);
+    /// Notes hold for a day.
+    const RENEW_TURNS: u32 = 4 * 60;
+    let Backend::Real(real) = &cell.backend else { return };
+    let mut turn = 0u32;
+    while !real.stopping.get() {
+        tokio::time::sleep(EVERY).await;
+        turn = turn.wrapping_add(1);
+        real.images.tidy(turn.is_multiple_of(RENEW_TURNS)).await;
     }
 }
 

@@ -127,7 +127,8 @@ impl Real {
         host: &HostConfig,
         id: HostId,
     ) -> Result<Self, Fault> {
-        let store = wire_net::objects::open(&config.objects)?;
+        let dir = host.state.join("images");
+        let images = Images::open(&config.objects, config.lazy_images, dir, CACHE_BYTES_MAX)?;
         let boxes = boxes_config(config, &host.state, id)?;
         let path = host.state.join("journal");
         let (journal, left) = blocking(move || Journal::open(&path)).await?;
@@ -146,7 +147,7 @@ impl Real {
             host: id,
             spawner: RefCell::new(Some(joined.spawner)),
             boxes,
-            images: Images::new(store, host.state.join("images"), CACHE_BYTES_MAX),
+            images,
             journal,
             found: RefCell::new(found),
             early: RefCell::default(),

@@ -29,7 +29,7 @@ const PROGRAMS: &[&str] =
 
 /// Runs the tests, or is the hostd or the spawner of one.
 pub(crate) fn main(tests: &[(&str, fn())]) {
-    hostd_sandbox::main_if_asked();
+    hostd::main_if_asked();
     let argument = std::env::args().nth(1);
     if argument.as_deref() == Some("__hostd") {
         return hostd_process(&std::env::args().nth(2).unwrap());
@@ -37,7 +37,8 @@ pub(crate) fn main(tests: &[(&str, fn())]) {
     if std::env::args().any(|arg| arg == "--list") || !crate::common::real_boxes() {
         return;
     }
-    let wanted = argument.filter(|arg| !arg.starts_with('-'));
+    let is_number = |arg: &String| arg.bytes().all(|byte| byte.is_ascii_digit());
+    let wanted = argument.filter(|arg| !arg.starts_with('-') && !is_number(arg));
     let mut failed = Vec::new();
     for (name, test) in tests {
         if wanted.as_ref().is_some_and(|wanted| !name.contains(wanted.as_str())) {
@@ -95,7 +96,7 @@ impl Place {
             boxes: Boxes::Real,
             objects,
             pool: [4, 0, 0, 0],
-            boxes_max: 40,
+            boxes_max: 60,
             uid_base: Some(0x4000_0000),
             ..fleet.config(HOST)
         };
