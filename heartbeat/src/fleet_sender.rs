@@ -72,6 +72,14 @@ pub struct SimHost {
     ranked: Vec<SocketAddr>,
 }
 
+impl SimHost {
+    /// The aggregator that it sends to.
+    #[must_use]
+    pub fn aggregator(&self) -> SocketAddr {
+        self.ranked[self.at]
+    }
+}
+
 /// The fleet.
 pub struct FleetSender {
     /// Its hosts, by index.
@@ -159,7 +167,7 @@ impl FleetSender {
             let sim = &mut self.hosts[at];
             sim.beat.seq.0 += 1;
             let len = sim.beat.seal(sim.host, sim.key_epoch, &sim.key, &mut out);
-            let to = sim.ranked[sim.at];
+            let to = sim.aggregator();
             self.sockets[at % sockets].1.push(&out[..len], to).map_err(|error| fault(&error))?;
             done += 1;
             if done.is_multiple_of(256) {
@@ -181,7 +189,7 @@ impl FleetSender {
     /// Moves hosts whose aggregator is dead to the next of their order.
     pub fn leave(&mut self, dead: SocketAddr) {
         for sim in &mut self.hosts {
-            if sim.ranked[sim.at] == dead {
+            if sim.aggregator() == dead {
                 sim.at = (sim.at + 1) % sim.ranked.len();
             }
         }
