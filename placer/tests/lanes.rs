@@ -1,5 +1,7 @@
 //! Lanes: replies find their launches whatever their order, and a broken lane leaves nobody waiting.
 
+#![allow(clippy::unwrap_used, reason = "outside of test functions as well")]
+
 use std::{net::Ipv4Addr, sync::Arc};
 
 use futures::future::join_all;
