@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use object_store::ObjectStore;
+use rustix::fs::FlockOperation;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -112,6 +113,8 @@ fn hold() -> io::Result<()> {
     io::stdin().take(CONFIG_BYTES_MAX as u64).read_to_end(&mut bytes)?;
     let mut config: HeldConfig = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
     let dirs = Dirs::below(&config.state_dir, &config.domain);
+    // Kept to the end. Another holder's worker may only be away for a moment: its mounts must stay.
+    let _lock = lock(&dirs)?;
     dirs.ready()?;
     let first = device::open()?;
     kernel::mount_fuse(&first, &dirs.fuse)?;
@@ -144,6 +147,16 @@ fn hold() -> io::Result<()> {
             wait = (wait * 2).min(WAIT_MAX);
         }
     }
+}
+
+/// The right to mount below a state directory. A worker that leaves takes the file away, and with it the right.
+fn lock(dirs: &Dirs) -> io::Result<File> {
+    let path = dirs.lock();
+    std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| io::Error::other("another image holder has this state directory"))?;
+    Ok(file)
 }
 
 fn send(socket: &UnixStream, config: &HeldConfig, files: &[File]) -> io::Result<()> {

@@ -85,6 +85,11 @@ impl Dirs {
         self.fuse.with_file_name("control")
     }
 
+    /// What the holder locks.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.fuse.with_file_name("lock")
+    }
+
     pub(crate) fn clear(&self) -> io::Result<()> {
         if let Ok(entries) = fs::read_dir(&self.metas) {
             for entry in entries {

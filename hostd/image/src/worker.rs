@@ -44,7 +44,10 @@ impl Worker {
         let dirs = self.dirs.clone();
         let done = tokio::task::spawn_blocking(move || {
             let _ = fs::remove_file(dirs.control());
-            dirs.clear()
+            let cleared = dirs.clear();
+            // From now on another holder may mount here.
+            let _ = fs::remove_file(dirs.lock());
+            cleared
         });
         if let Ok(Err(error)) = done.await {
             tracing::warn!(%error, "image mounts were left behind");

@@ -184,6 +184,13 @@ fn a_hostd_that_comes_back_finds_all_as_it_was() {
     let again = place.mounter();
     assert_eq!(place.layers(&again), layers);
     assert_eq!(worker(), before);
+    // And once more while the worker is only away for a moment.
+    std::mem::forget(again);
+    kill(before);
+    let again = place.mounter();
+    assert_eq!(again.mode(), &MountMode::Lazy);
+    assert_eq!(place.layers(&again), layers);
+    worker();
     read_all(&target, 0..20);
     hostd_image::unmount(&target).unwrap();
     drop(again);
