@@ -62,9 +62,13 @@ impl Images {
         cache_bytes_max: u64,
     ) -> Result<Self, Fault> {
         let holder = || Serving::Holder { objects: objects.to_owned() };
+        let can_hold = crate::ASKED.load(std::sync::atomic::Ordering::Relaxed);
+        if lazy && !can_hold {
+            tracing::warn!("images are unpacked: main does not call hostd::main_if_asked");
+        }
         Ok(Self {
             store: wire_net::objects::open(objects)?,
-            serving: if lazy { holder() } else { Serving::Unpack },
+            serving: if lazy && can_hold { holder() } else { Serving::Unpack },
             dir,
             cache_bytes_max,
             mounters: RefCell::default(),

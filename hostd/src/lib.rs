@@ -29,9 +29,14 @@ mod streams;
 pub use config::{Boxes, Config, Engine, HostConfig, ShapeConfig};
 pub use run::run;
 
+/// Whether this binary can become what [`main_if_asked`] makes of it.
+static ASKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
 /// Becomes a spawner of boxes, or a holder or server of images, if this process was started as one; then it never
 /// returns. Call it first thing in `main` of every binary that runs hostd with real boxes.
 pub fn main_if_asked() {
+    // Set before any thread is started and only read after: relaxed is enough.
+    ASKED.store(true, std::sync::atomic::Ordering::Relaxed);
     hostd_sandbox::main_if_asked();
     hostd_image::main_if_asked(|url| {
         wire_net::objects::open(url).map_err(|fault| fault.to_string())
