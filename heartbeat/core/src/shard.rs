@@ -251,9 +251,11 @@ impl Shard {
         if self.revoked.contains(&host) {
             return count(&mut self.counters.revoked);
         }
+        let new = at.is_none();
         let Some(at) = at.or_else(|| self.register(host)) else {
             return count(&mut self.counters.full);
         };
+        self.counters.registered += u64::from(new);
         let record = &mut self.records[at as usize];
         match record.order(beat.incarnation, beat.seq) {
             Order::Newer => {}
@@ -301,7 +303,6 @@ impl Shard {
         let records = &self.records;
         self.index.insert(host.0, at, |at| records[at as usize].host);
         self.membership += 1;
-        self.counters.registered += 1;
         Some(at)
     }
 
