@@ -1,5 +1,7 @@
 //! The client library's examples, run as its documentation says, and commands that break off half-way.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::{
     path::PathBuf,
     process::{Command, Stdio},

@@ -1,5 +1,7 @@
 //! A dev fleet with real sandboxes, as a user sees it: run, exec, logs, files, limits of what is there, and the end.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::{
     fs,
     io::Write as _,

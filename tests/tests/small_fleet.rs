@@ -1,5 +1,7 @@
 //! A dev fleet without sandboxes: placement, certificates, listing, draining and errors, which need no root.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::{fs, process::Command};
 
 use tests::fleet::{Fleet, Ran, volley};
