@@ -5,7 +5,7 @@
 //! timeout of its own: the spawner always answers, and if it dies every question answers `Unknown`.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Seek};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{ClaimError, Fault, Refusal};
-use crate::msg::{Answer, Ask, Claim, FileResult, Reply, Request, StdioFds};
+use crate::msg::{Answer, Ask, Census, Claim, FileResult, Reply, Request, StdioFds};
 use crate::packet;
 use crate::spec::{
     ClaimSpec, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live, PoolState,
@@ -59,8 +59,7 @@ impl Drop for HangUp {
 /// How a spawner greets.
 pub(crate) struct Welcome {
     pub(crate) protocol: u32,
-    pub(crate) live: Vec<Live>,
-    pub(crate) exited: Vec<Exited>,
+    pub(crate) census: Census,
 }
 
 impl std::fmt::Debug for Spawner {
@@ -85,11 +84,13 @@ impl Spawner {
         let last = Arc::new(HangUp(Arc::clone(&shared)));
         let mut spawner = Self { shared, _last: last, pid: 0 };
         let Ok(hello) = spawner.send(Ask::Hello, &[]) else { return Ok(None) };
-        let Ok(Ok((Answer::Welcome { protocol, pid, live, exited }, _))) = block_on(hello) else {
+        let Ok(Ok((Answer::Welcome { protocol, pid }, fds))) = block_on(hello) else {
             return Ok(None);
         };
         spawner.pid = pid;
-        Ok(Some((spawner, events, Welcome { protocol, live, exited })))
+        // One of another version may list in another way; that is found out by the caller.
+        let census = read_census(fds).unwrap_or_default();
+        Ok(Some((spawner, events, Welcome { protocol, census })))
     }
 
     /// The spawner's process id.
@@ -254,7 +255,10 @@ impl Spawner {
     /// The spawner is gone.
     pub async fn running(&self) -> Result<(Vec<Live>, Vec<Exited>), ClaimError> {
         match self.ask(Ask::Hello).await? {
-            (Answer::Welcome { live, exited, .. }, _) => Ok((live, exited)),
+            (Answer::Welcome { .. }, fds) => {
+                let census = read_census(fds)?;
+                Ok((census.live, census.exited))
+            }
             other => Err(unexpected(&other.0)),
         }
     }
@@ -421,13 +425,19 @@ fn named(which: StdioFds, fds: Vec<OwnedFd>) -> Result<Stdio, ClaimError> {
 }
 
 fn read_listing(fd: OwnedFd) -> Result<Vec<FileStat>, ClaimError> {
-    let mut bytes = Vec::new();
-    let mut file = std::fs::File::from(fd);
-    file.rewind()
-        .and_then(|()| file.take(LISTING_BYTES_MAX).read_to_end(&mut bytes))
+    let bytes = packet::read_memory_file(fd, LISTING_BYTES_MAX)
         .map_err(|e| Fault::os("read a listing", &e))?;
     rkyv::from_bytes::<Vec<FileStat>, rkyv::rancor::Error>(&bytes)
         .map_err(|_| Fault::BoxDied { what: "listing a directory".into() }.into())
+}
+
+fn read_census(fds: Vec<OwnedFd>) -> Result<Census, ClaimError> {
+    let lost = || Fault::Os { what: "take the list of sandboxes".into(), errno: libc::EMFILE };
+    let fd = fds.into_iter().next().ok_or_else(lost)?;
+    let bytes = packet::read_memory_file(fd, LISTING_BYTES_MAX)
+        .map_err(|e| Fault::os("read the list of sandboxes", &e))?;
+    Census::decode(&bytes)
+        .ok_or_else(|| ClaimError::Unknown { why: "its list of sandboxes is no list".into() })
 }
 
 fn read_answers(shared: &Shared, events: &mpsc::Sender<Event>) {

@@ -12,7 +12,7 @@ use crate::spec::{
 };
 
 /// Version of everything in this file. A hostd joins only a spawner of its own version.
-pub(crate) const PROTOCOL: u32 = 4;
+pub(crate) const PROTOCOL: u32 = 5;
 
 /// hostd to spawner.
 #[derive(Archive, Serialize, Deserialize, Debug)]
@@ -100,11 +100,10 @@ pub(crate) struct StdioFds {
 
 #[derive(Archive, Serialize, Deserialize, Debug)]
 pub(crate) enum Answer {
+    /// One descriptor: a memory file with a [`Census`], which may be longer than a packet.
     Welcome {
         protocol: u32,
         pid: u32,
-        live: Vec<Live>,
-        exited: Vec<Exited>,
     },
     Started {
         pid: u32,
@@ -216,6 +215,13 @@ pub(crate) enum FromBox {
     },
 }
 
+/// Everybody that a spawner knows.
+#[derive(Archive, Serialize, Deserialize, Debug, Default)]
+pub(crate) struct Census {
+    pub(crate) live: Vec<Live>,
+    pub(crate) exited: Vec<Exited>,
+}
+
 impl FromBox {
     /// The question that this answers.
     pub(crate) fn number(&self) -> Option<u64> {
@@ -248,7 +254,7 @@ macro_rules! coded {
         }
     )*};
 }
-coded!(Request, Reply, ToBox, FromBox);
+coded!(Request, Reply, ToBox, FromBox, Census);
 
 #[cfg(test)]
 mod tests {

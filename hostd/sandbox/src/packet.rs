@@ -147,6 +147,26 @@ pub(crate) fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8], block: bool) -> io
     Ok(Packet { len: usize::try_from(got).unwrap_or(0), fds, cut })
 }
 
+/// A memory file of these bytes: for what may be longer than a packet.
+pub(crate) fn memory_file(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create("message", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut at = 0;
+    while at < bytes.len() {
+        at += rustix::io::pwrite(&memory, &bytes[at..], at as u64)?;
+    }
+    Ok(memory)
+}
+
+/// Reads a memory file, of at most `most` bytes.
+pub(crate) fn read_memory_file(fd: OwnedFd, most: u64) -> io::Result<Vec<u8>> {
+    use std::io::{Read, Seek};
+    let mut file = std::fs::File::from(fd);
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Borrows a list of owned descriptors, for [`send`].
 pub(crate) fn borrow(fds: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     fds.iter().map(AsFd::as_fd).collect()

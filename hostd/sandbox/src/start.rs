@@ -182,5 +182,11 @@ fn join(config: &Config, socket: OwnedFd, started: bool) -> Result<Joined, Start
             other => StartError::Config(other.to_string()),
         })?;
     }
-    Ok(Joined { spawner, events, live: welcome.live, exited: welcome.exited, started })
+    Ok(Joined {
+        spawner,
+        events,
+        live: welcome.census.live,
+        exited: welcome.census.exited,
+        started,
+    })
 }

@@ -404,14 +404,19 @@ fn a_watched_directory() {
     // Ends by itself: what it watched is gone.
     assert_eq!(read_all(changes), "ca\0ma\0fa\0tb\0db\0d\0");
     // One that is no longer read ends too.
-    let watch = FileOp::Watch { path: "/etc".into() };
-    let before = wait(place.spawner.stats(running.id)).unwrap().pids;
-    let Ok(FileAnswer::Open(changes)) = wait(place.spawner.file(running.id, watch)) else {
-        panic!()
+    let quiet = place.claim(Program::new(["sleep", "1000"])).unwrap();
+    let pids = |wanted: u64| {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while wait(place.spawner.stats(quiet.id)).unwrap().pids != wanted {
+            assert!(std::time::Instant::now() < deadline, "not {wanted} processes");
+        }
     };
-    while wait(place.spawner.stats(running.id)).unwrap().pids <= before {}
+    pids(2);
+    let watch = FileOp::Watch { path: "/etc".into() };
+    let Ok(FileAnswer::Open(changes)) = wait(place.spawner.file(quiet.id, watch)) else { panic!() };
+    pids(3);
     drop(changes);
-    while wait(place.spawner.stats(running.id)).unwrap().pids > before {}
+    pids(2);
 }
 
 fn echo_server() {

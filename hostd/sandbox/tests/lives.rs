@@ -19,8 +19,8 @@ use house::{place, read_all, run, wait};
 fn main() {
     hostd_sandbox::main_if_asked();
     let args: Vec<String> = std::env::args().collect();
-    if args.get(1).is_some_and(|a| a == "__hostd-of-forty") {
-        return be_hostd_of_forty(&args[2], &args[3]);
+    if args.get(1).is_some_and(|a| a == "__hostd-of-many") {
+        return be_hostd_of_many(&args[2], &args[3]);
     }
     if args.get(1).is_some_and(|a| a == "__hostd-replaced") {
         fs::remove_file(std::env::current_exe().unwrap()).unwrap();
@@ -39,7 +39,7 @@ fn main() {
         ("a_replaced_binary_still_starts", a_replaced_binary_still_starts),
         ("killed_at_any_moment", killed_at_any_moment),
         ("spawner_killed_at_any_moment", spawner_killed_at_any_moment),
-        ("forty_outlive_hostd", forty_outlive_hostd),
+        ("many_outlive_hostd", many_outlive_hostd),
         ("full_is_refused_and_freed", full_is_refused_and_freed),
         ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
     ]);
@@ -450,40 +450,51 @@ fn settle(place: &house::Place, parked: u32) {
     }
 }
 
-fn be_hostd_of_forty(dir: &str, root: &str) {
-    let config = Config { slots: 64, ..config(Path::new(dir)) };
-    let joined = Spawner::connect_or_start(&config).unwrap();
-    for id in 0..40 {
-        wait(joined.spawner.claim(spec(Path::new(root), id, "read x; exit $x"))).unwrap();
+/// How many: `VOLLEY_SURVIVORS`, 40 by default.
+fn survivors() -> u16 {
+    std::env::var("VOLLEY_SURVIVORS").ok().and_then(|n| n.parse().ok()).unwrap_or(40)
+}
+
+fn config_of_many(dir: &Path) -> Config {
+    Config { slots: u32::from(survivors()) + 24, ..config(dir) }
+}
+
+fn be_hostd_of_many(dir: &str, root: &str) {
+    let joined = Spawner::connect_or_start(&config_of_many(Path::new(dir))).unwrap();
+    for number in 0..survivors() {
+        let mut spec = spec(Path::new(root), 0, "read x; exit $x");
+        spec.id[..2].copy_from_slice(&number.to_be_bytes());
+        wait(joined.spawner.claim(spec)).unwrap();
     }
     println!("up");
     let _ = std::io::stdin().read(&mut [0]);
 }
 
-fn forty_outlive_hostd() {
+/// O4: hostd dies with many running; each of them is there for the next one, and can be talked to.
+fn many_outlive_hostd() {
     let (dir, root) = (tempfile::tempdir().unwrap(), house::root());
-    let mut hostd = hostd_by(&std::env::current_exe().unwrap(), "__hostd-of-forty", &dir, &root);
+    let mut hostd = hostd_by(&std::env::current_exe().unwrap(), "__hostd-of-many", &dir, &root);
     hostd.kill().unwrap();
     hostd.wait().unwrap();
-    let Joined { spawner, mut events, live, .. } =
-        Spawner::connect_or_start(&config(dir.path())).unwrap();
-    assert_eq!(live.len(), 40);
+    let config = config_of_many(dir.path());
+    let Joined { spawner, mut events, live, .. } = Spawner::connect_or_start(&config).unwrap();
+    assert_eq!(live.len(), usize::from(survivors()));
     for sandbox in &live {
         let stdio = wait(spawner.stdio(sandbox.id)).unwrap();
-        let line = format!("{}\n", sandbox.id[0]);
+        let line = format!("{}\n", sandbox.id[1]);
         rustix::io::write(stdio.stdin.as_ref().unwrap(), line.as_bytes()).unwrap();
     }
-    for _ in 0..40 {
+    for _ in 0..survivors() {
         let ended = loop {
             if let Event::Exited(ended) = wait(events.recv()).unwrap() {
                 break ended;
             }
         };
-        assert_eq!(ended.status.code, Some(i32::from(ended.id[0])));
+        assert_eq!(ended.status.code, Some(i32::from(ended.id[1])));
         wait(spawner.forget(ended.id)).unwrap();
     }
     wait(spawner.shutdown(true)).unwrap();
-    assert_clean(&config(dir.path()), spawner.pid());
+    assert_clean(&config, spawner.pid());
 }
 
 fn full_is_refused_and_freed() {

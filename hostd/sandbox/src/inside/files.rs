@@ -7,7 +7,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -147,12 +147,7 @@ fn list(path: &str) -> io::Result<OwnedFd> {
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     let bytes = rkyv::to_bytes::<rkyv::rancor::Error>(&entries)
         .map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-    let memory = rustix::fs::memfd_create("list", rustix::fs::MemfdFlags::CLOEXEC)?;
-    let mut at = 0;
-    while at < bytes.len() {
-        at += rustix::io::pwrite(memory.as_fd(), &bytes[at..], at as u64)?;
-    }
-    Ok(memory)
+    crate::packet::memory_file(&bytes)
 }
 
 fn remove(path: &Path, recursive: bool) -> io::Result<()> {

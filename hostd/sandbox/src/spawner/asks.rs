@@ -9,7 +9,7 @@ use super::root::{Parts, compose};
 use super::{Spawning, WAITING_MAX, Waiting};
 use crate::cgroup::GroupLimits;
 use crate::error::{Fault, Refusal};
-use crate::msg::{Answer, Ask, Claim, PROTOCOL, ToBox};
+use crate::msg::{Answer, Ask, Census, Claim, PROTOCOL, ToBox};
 use crate::spec::{Live, SandboxId, Steps, UIDS_A_BOX};
 use crate::sys;
 
@@ -102,13 +102,17 @@ impl Spawning {
                     started_ns: claimed.started_ns,
                 })
             });
-        let answer = Answer::Welcome {
-            protocol: PROTOCOL,
-            pid: std::process::id(),
-            live: live.collect(),
-            exited: self.exited.iter().cloned().collect(),
-        };
-        self.answer(from, answer, Vec::new());
+        let census = Census { live: live.collect(), exited: self.exited.iter().cloned().collect() };
+        match crate::packet::memory_file(&census.encode()) {
+            Ok(file) => {
+                let answer = Answer::Welcome { protocol: PROTOCOL, pid: std::process::id() };
+                self.answer(from, answer, vec![file]);
+            }
+            Err(e) => {
+                let why = Fault::os("list sandboxes", &e);
+                self.answer(from, Answer::Failed(why), Vec::new());
+            }
+        }
     }
 
     fn on_box(

@@ -26,7 +26,7 @@ const PROGRAMS: &[&str] = &[
 ];
 
 /// Runs tests one after another; with an argument, those whose name holds it.
-pub(crate) fn run(tests: &[(&str, fn())]) {
+pub(crate) fn run(tests: &[(&'static str, fn())]) {
     hostd_sandbox::main_if_asked();
     let wanted = std::env::args().nth(1).filter(|a| !a.starts_with('-'));
     if std::env::args().any(|a| a == "--list") {
@@ -42,7 +42,9 @@ pub(crate) fn run(tests: &[(&str, fn())]) {
             continue;
         }
         let start = std::time::Instant::now();
+        let done = watchdog(name);
         let outcome = std::panic::catch_unwind(test);
+        drop(done);
         let word = if outcome.is_ok() { "ok" } else { "FAILED" };
         println!("test {name} ... {word} ({} ms)", start.elapsed().as_millis());
         if outcome.is_err() {
@@ -50,6 +52,26 @@ pub(crate) fn run(tests: &[(&str, fn())]) {
         }
     }
     assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+/// Spawners of this run, for the watchdog.
+static SPAWNERS: std::sync::Mutex<Vec<u32>> = std::sync::Mutex::new(Vec::new());
+
+/// Ends the run, and its spawners with their boxes, if a test does not end in time. Call off by drop.
+fn watchdog(name: &'static str) -> std::sync::mpsc::Sender<()> {
+    let (sender, ended) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        let late = ended.recv_timeout(Duration::from_secs(180));
+        if late == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            println!("test {name} ... HANGS");
+            for pid in SPAWNERS.lock().unwrap().iter() {
+                let pid = rustix::process::Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap();
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            std::process::exit(1);
+        }
+    });
+    sender
 }
 
 /// Puts a program and the libraries that it names into a root.
@@ -129,6 +151,7 @@ pub(crate) fn place(parked: u32) -> Place {
     };
     let Joined { spawner, events, started, .. } = Spawner::connect_or_start(&config).unwrap();
     assert!(started);
+    SPAWNERS.lock().unwrap().push(spawner.pid());
     let path = root.path().to_path_buf();
     Place {
         spawner,
@@ -145,6 +168,7 @@ pub(crate) fn place(parked: u32) -> Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = wait(self.spawner.shutdown(true));
+        SPAWNERS.lock().unwrap().retain(|pid| *pid != self.spawner.pid());
     }
 }
 
