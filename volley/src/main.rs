@@ -4,6 +4,9 @@
 //! hostd are this binary too (the spawner of boxes, and what serves lazy images): they are asked for by their
 //! environment or name and must be told apart before any thread or runtime exists, which is why they come first.
 
+// Doc comments of flags are the help that people read in a terminal, not links.
+#![allow(rustdoc::broken_intra_doc_links, rustdoc::invalid_html_tags)]
+
 mod attach;
 mod bench;
 mod cli;
