@@ -143,8 +143,8 @@ impl Adopter {
         let mut added = Vec::new();
         for host in map.ids() {
             match table.slot_of(host) {
-                Some(slot) => kept[slot as usize] = true,
-                None => added.push(host),
+                Some(slot) if (slot as usize) < kept.len() => kept[slot as usize] = true,
+                _ => added.push(host),
             }
         }
         for slot in slots(self.len).filter(|slot| !kept[*slot as usize]) {
@@ -230,7 +230,7 @@ impl Adopter {
             return hole;
         }
         if self.len == capacity {
-            return self.fresh.pop().unwrap_or_else(|| unreachable!("more slots than hosts"));
+            return self.fresh.pop().unwrap_or(0); // There is one, unless the file is damaged.
         }
         self.len += 1;
         u32::try_from(self.len - 1).unwrap_or(u32::MAX)
@@ -246,7 +246,7 @@ impl Adopter {
             old = found;
         }
         self.fresh.push(slot);
-        self.live -= 1;
+        self.live = self.live.saturating_sub(1);
     }
 
     fn rebuild_index<W: Words>(&self, table: &CapacityTable<W>) {

@@ -208,3 +208,60 @@ impl<B: AsRef<[u8]>> MapView<B> {
         self.find(host).map(|at| self.addr(at))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn addr(id: u64, wide: bool) -> HostAddr {
+        let [a, b, c, d, rest @ ..] = id.to_be_bytes();
+        let port = 1 + u16::from_be_bytes([rest[0], rest[1]]) / 2;
+        if wide && id % 3 == 0 {
+            return HostAddr { ip: Ipv6Addr::from(u128::from(id) << 64 | 1).into(), port };
+        }
+        HostAddr { ip: Ipv4Addr::new(a, b, c, d).into(), port: if wide { port } else { 7 } }
+    }
+
+    proptest! {
+        #[test]
+        fn every_host_is_found_where_it_was_put_and_no_other(
+            ids: std::collections::BTreeSet<u64>, near: u64, wide: bool, others: Vec<u64>,
+        ) {
+            // Some evenly spread, some in a row: interpolation must find both.
+            let row = (0..200).map(|at| near.wrapping_add(at));
+            let ids: std::collections::BTreeSet<u64> = ids.into_iter().chain(row).collect();
+            let hosts: Vec<_> = ids.iter().map(|id| (HostId(*id), addr(*id, wide))).collect();
+            let version = MapVersion { epoch: 2, version: 9 };
+            let map = MapView::open(encode(version, &hosts)).unwrap();
+            prop_assert_eq!((map.version(), map.len()), (version, hosts.len()));
+            prop_assert!(map.hosts().eq(hosts.iter().copied()));
+            for (at, (host, addr)) in hosts.iter().enumerate() {
+                prop_assert_eq!(map.find(*host), Some(at));
+                prop_assert_eq!(map.addr_of(*host), Some(*addr));
+            }
+            for other in others {
+                prop_assert_eq!(map.find(HostId(other)).is_some(), ids.contains(&other));
+            }
+        }
+    }
+
+    /// FAULTS M1, for the placer's own copy.
+    #[test]
+    fn every_flipped_bit_and_every_truncation_is_noticed() {
+        for wide in [false, true] {
+            let hosts: Vec<_> = (1..9).map(|id| (HostId(id << 40), addr(id << 40, wide))).collect();
+            let good = encode(MapVersion { epoch: 1, version: 1 }, &hosts);
+            assert!(MapView::open(&good).is_ok());
+            for len in 0..good.len() {
+                assert!(MapView::open(&good[..len]).is_err());
+            }
+            for bit in 0..good.len() * 8 {
+                let mut bad = good.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                assert!(MapView::open(bad).is_err(), "bit {bit}");
+            }
+        }
+    }
+}

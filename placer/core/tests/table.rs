@@ -348,3 +348,35 @@ fn penalties_keep_hosts_out_and_decay() {
     }
     assert!((150..250).contains(&share(&table)));
 }
+
+#[test]
+fn a_damaged_table_gives_bad_picks_and_nothing_worse() {
+    let seed = rand::rngs::OsRng.try_next_u64().unwrap();
+    println!("seed {seed}");
+    let mut rng = SmallRng::seed_from_u64(seed);
+    for _ in 0..200 {
+        let words = zeroed(words_for(16));
+        let made = CapacityTable::create(&words[..], 3);
+        Adopter::new(&made)
+            .adopt::<_, Vec<u8>, _>(&made, None, &map(1, (1..=9).collect()))
+            .unwrap();
+        // Everything but magic and size, as a bad disk or a bad neighbour may leave it.
+        for word in &words[2..] {
+            if rng.random_bool(0.5) {
+                word.store(rng.random(), std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        let table = CapacityTable::open(&words[..]).unwrap();
+        let mut picker = Picker::new(Select::default(), rng.random());
+        for _ in 0..50 {
+            if let Pick::Picked(picked) = picker.pick(&table, NANO, &[HostId(2)]) {
+                table.penalise(&picked.reservation, 3, 10);
+                table.release(picked.reservation);
+            }
+            table.feed(HostId(rng.random_range(0..12)), word(rng.random(), rng.random()));
+        }
+        table.decay(rng.random());
+        let mut adopter = Adopter::new(&table);
+        adopter.adopt::<_, Vec<u8>, _>(&table, None, &map(2, (5..=14).collect())).unwrap();
+    }
+}
