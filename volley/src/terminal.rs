@@ -29,7 +29,7 @@ impl Raw {
         let before = tcgetattr(stdin()).map_err(fail)?;
         let mut raw = before.clone();
         raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Flush, &raw).map_err(fail)?;
+        tcsetattr(stdin(), OptionalActions::Now, &raw).map_err(fail)?;
         Ok(Some(Self { before }))
     }
 }
