@@ -218,7 +218,7 @@ mod tests {
     fn addr(id: u64, wide: bool) -> HostAddr {
         let [a, b, c, d, rest @ ..] = id.to_be_bytes();
         let port = 1 + u16::from_be_bytes([rest[0], rest[1]]) / 2;
-        if wide && id % 3 == 0 {
+        if wide && id.is_multiple_of(3) {
             return HostAddr { ip: Ipv6Addr::from(u128::from(id) << 64 | 1).into(), port };
         }
         HostAddr { ip: Ipv4Addr::new(a, b, c, d).into(), port: if wide { port } else { 7 } }
