@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
+
 /// One role's process, whose processor time is reported.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct RolePid {
@@ -25,6 +27,13 @@ pub fn used(pid: u32) -> Option<Duration> {
     let seconds = u64::try_from(time.tv_sec).ok()?;
     let nanos = u32::try_from(time.tv_nsec).ok()?;
     told.then(|| Duration::new(seconds, nanos))
+}
+
+/// Processor time of the calling thread so far. On a machine that is shared, work per second of it says what a core does;
+/// on a quiet one it is the wall's time.
+#[must_use]
+pub fn thread_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 /// Processor time by role between two looks.

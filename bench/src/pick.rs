@@ -1,7 +1,7 @@
 //! `bench pick`: picks and reservations a second on one core, over a table of so many hosts.
 //!
-//! The ceiling is a bare loop: two random reads of slots as far apart as the table's, and a comparison. Picks are
-//! released outside of the measured time.
+//! Time is the thread's processor time. The ceiling is a bare loop: two random reads of slots as far apart as the
+//! table's, and a comparison. Picks are released outside of the measured time.
 
 use std::{
     fmt, hint,
@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Instant,
+    time::Duration,
 };
 
 use placer_core::{
@@ -27,6 +27,7 @@ use wire::{
 
 use crate::{
     arena::Arena,
+    cpu::thread_time,
     rounds::{Figure, alternate},
 };
 
@@ -153,16 +154,16 @@ fn row(options: &Options, hosts: usize) -> Result<Row, Fault> {
     Ok(Row { hosts, bare, single, batched, batched_on_two, fed })
 }
 
-/// Millions a second.
+/// Millions a second of the thread's processor time.
 #[expect(clippy::cast_precision_loss, reason = "below 2^52")]
-fn rate(count: usize, from: Instant) -> f64 {
-    count as f64 / from.elapsed().as_secs_f64() / 1e6
+fn rate(count: usize, from: Duration) -> f64 {
+    count as f64 / (thread_time() - from).as_secs_f64() / 1e6
 }
 
 fn bare_loop(words: &[AtomicU64], picks: usize, seed: u64) -> f64 {
     let mut rng = SmallRng::seed_from_u64(seed);
     let slots = words.len() / SLOT_WORDS;
-    let from = Instant::now();
+    let from = thread_time();
     let mut sum = 0u64;
     for _ in 0..picks {
         let bits = rng.next_u64();
@@ -192,7 +193,7 @@ fn kept(pick: Pick, held: &mut Vec<Reservation>) -> Result<(), Fault> {
 fn one_at_a_time(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
     let mut picker = Picker::new(Select::default(), seed);
     let mut held = Vec::with_capacity(picks);
-    let from = Instant::now();
+    let from = thread_time();
     for _ in 0..picks {
         kept(picker.pick(table, smallest(), &[]), &mut held)?;
     }
@@ -214,7 +215,7 @@ fn in_batches(
     if let Some(start) = start {
         start.wait();
     }
-    let from = Instant::now();
+    let from = thread_time();
     for _ in 0..picks.div_ceil(BATCH) {
         picker.pick_batch(table, &shapes, &mut out);
         for pick in &mut out {
@@ -238,7 +239,7 @@ fn on_two(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
 fn feed(table: &Table<'_>, fleet: &[(HostId, HostAddr)], count: usize, seq: u64) -> f64 {
     let mut rng = SmallRng::seed_from_u64(seq);
     let word = CapacityWord::new(FREE, 0, Stamp::of(Seq(seq)));
-    let from = Instant::now();
+    let from = thread_time();
     for _ in 0..count {
         let at = (u64::from(rng.next_u32()) * fleet.len() as u64) >> 32;
         table.feed(fleet[at as usize].0, word);
@@ -251,7 +252,7 @@ impl fmt::Display for Report {
         let pages = if self.huge { "huge pages asked for" } else { "4 KB pages" };
         writeln!(
             f,
-            "picks, each with its reservation, in millions a second ({pages}, seed {})",
+            "picks, each with its reservation, in millions a second of a core ({pages}, seed {})",
             self.seed
         )?;
         for row in &self.rows {
