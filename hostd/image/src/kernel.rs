@@ -11,8 +11,9 @@ use std::path::Path;
 use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+    open_tree,
 };
 
 fn lower_attrs() -> MountAttrFlags {
@@ -68,6 +69,11 @@ pub(crate) fn mount_fuse(device: &File, target: &Path) -> io::Result<()> {
 /// # Errors
 /// What the kernel says; nothing is mounted then.
 pub fn mount_overlay(layers: &crate::Layers, target: &Path) -> io::Result<()> {
+    // An overlay of one layer is none, says the kernel.
+    if let ([only], []) = (layers.lower.as_slice(), layers.data_only.as_slice()) {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        return attach(&open_tree(CWD, only, flags)?, target);
+    }
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (name, value) in &layers.options {
         fsconfig_set_string(&fs, *name, *value)?;

@@ -191,9 +191,9 @@ fn ms(times: &mut [Duration]) -> String {
 fn cpu_time() -> Duration {
     let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after = text.rsplit(')').next().unwrap_or_default();
-    let fields: Vec<u64> = after.split_whitespace().filter_map(|f| f.parse().ok()).collect();
-    // utime and stime, in hundredths of a second; the state before them is no number.
-    Duration::from_millis(10 * (fields.get(10).unwrap_or(&0) + fields.get(11).unwrap_or(&0)))
+    let ticks = |n: usize| after.split_whitespace().nth(n).and_then(|f| f.parse().ok());
+    // utime and stime, in hundredths of a second.
+    Duration::from_millis(10 * (ticks(11).unwrap_or(0) + ticks(12).unwrap_or(0)))
 }
 
 fn write_noise(root: &Path, mb: u64) -> Outcome<()> {
