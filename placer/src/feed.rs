@@ -46,6 +46,8 @@ const RENEW: Duration = Duration::from_millis(SUBSCRIPTION_MS / 3);
 const SILENCE: Duration = Duration::from_millis(SUBSCRIPTION_MS);
 /// Least time between two askings for everything: at a million hosts an answer is 16 MB.
 const EVERYTHING_AGAIN: Duration = Duration::from_millis(250);
+/// Nothing at all came after asking for everything: the asking was lost, or there is no host yet.
+const UNANSWERED: Duration = Duration::from_secs(1);
 
 /// What the thread is made of.
 pub(crate) struct FeedThread {
@@ -59,6 +61,8 @@ pub(crate) struct FeedThread {
     reports: Arc<ArrayQueue<Report>>,
     metrics: FeedMetrics,
     sources: HashMap<u64, Source>,
+    /// When a word came last.
+    newest: Option<Instant>,
     seq: u64,
     /// Whether words are wanted at all.
     pub(crate) subscribes: bool,
@@ -95,6 +99,7 @@ impl FeedThread {
             reports,
             metrics,
             sources: HashMap::new(),
+            newest: None,
             seq: 0,
             subscribes: true,
         })
@@ -108,7 +113,11 @@ impl FeedThread {
             let now = Instant::now();
             let unheard = self.unheard.load(Ordering::Acquire);
             let may_ask = asked.is_none_or(|at| now - at >= EVERYTHING_AGAIN);
-            let wants = (heard != Some(unheard) || self.anyone_silent(now)) && may_ask;
+            let unanswered = asked.is_some_and(|at| {
+                now - at >= UNANSWERED && self.newest.is_none_or(|newest| newest < at)
+            });
+            let news = heard != Some(unheard) || self.anyone_silent(now);
+            let wants = (news || unanswered) && may_ask;
             let due = wants || renewed.is_none_or(|at| now - at >= RENEW);
             if due && self.subscribes {
                 let want = if wants { Subscribe::EVERYTHING } else { Subscribe::CHANGES };
@@ -136,7 +145,7 @@ impl FeedThread {
     }
 
     fn receive(&mut self, now: Instant) -> std::io::Result<()> {
-        let Self { receiver, table, keys, placer, metrics, sources, .. } = self;
+        let Self { receiver, table, keys, placer, metrics, sources, newest, .. } = self;
         let table = table.get();
         receiver.recv(TURN, |bytes, _| {
             let Ok(datagram) = Datagram::parse(bytes) else {
@@ -163,6 +172,7 @@ impl FeedThread {
                 words += 1;
             }
             metrics.words.inc_by(words);
+            *newest = Some(Instant::now());
         })?;
         metrics.kernel_drops.set(i64::try_from(receiver.kernel_drops()).unwrap_or(i64::MAX));
         Ok(())

@@ -39,6 +39,9 @@ pub struct ConnectOptions {
     pub tenant: Option<String>,
     /// Time that a launch may take unless its spec says otherwise.
     pub budget: Duration,
+    /// Connections a placer. One carries tens of thousands of launches a second, but to one core of the placer; a
+    /// program that needs more takes a few.
+    pub connections: usize,
 }
 
 impl Default for ConnectOptions {
@@ -48,6 +51,7 @@ impl Default for ConnectOptions {
             identity: PathBuf::new(),
             tenant: None,
             budget: Duration::from_millis(u64::from(BUDGET_MS_DEFAULT)),
+            connections: 1,
         }
     }
 }
@@ -75,7 +79,7 @@ pub(crate) struct Open {
     pub(crate) lane: Lane,
 }
 
-/// The way to one placer.
+/// One way to a placer.
 #[derive(Debug)]
 pub(crate) struct Link {
     addr: SocketAddr,
@@ -164,7 +168,9 @@ impl Client {
             endpoints: [endpoint(false)?, endpoint(true)?],
             // Clients that start together do not all begin with the first.
             turn: AtomicUsize::new(usize::from(draw_id().0[15])),
-            links: options.placers.into_iter().map(Link::new).collect(),
+            links: (0..options.connections.max(1))
+                .flat_map(|_| options.placers.iter().copied().map(Link::new))
+                .collect(),
             tenant,
             budget: options.budget,
         };
