@@ -278,13 +278,13 @@ pub(crate) fn new_session_keyring() -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_keyctl, 1, 0) }).map(drop)
 }
 
-/// Blocks SIGCHLD and returns a descriptor that is readable when one is pending.
-pub(crate) fn child_signal_fd() -> io::Result<OwnedFd> {
+/// Blocks a signal and returns a descriptor that is readable when one is pending.
+pub(crate) fn signal_fd(signal: i32) -> io::Result<OwnedFd> {
     // SAFETY: the set is a local that sigemptyset initialises; the descriptor is new and ours alone.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
-        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::sigaddset(&raw mut set, signal);
         libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
         let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
         check(libc::c_long::from(fd))?;

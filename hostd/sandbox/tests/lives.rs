@@ -33,6 +33,7 @@ fn main() {
         ("hostd_killed_boxes_adopted", hostd_killed_boxes_adopted),
         ("an_end_while_hostd_was_away", an_end_while_hostd_was_away),
         ("spawner_killed_nothing_left", spawner_killed_nothing_left),
+        ("spawner_terminated_cleans_up", spawner_terminated_cleans_up),
         ("spawner_killed_frozen_box_swept", spawner_killed_frozen_box_swept),
         ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
         ("no_descriptors_left", no_descriptors_left),
@@ -238,6 +239,15 @@ fn spawner_killed_nothing_left() {
     assert_clean(&place.config, joined.spawner.pid());
 }
 
+fn spawner_terminated_cleans_up() {
+    let mut place = place(2);
+    place.claim(Program::new(["sleep", "1000"])).unwrap();
+    let pid = i32::try_from(place.spawner.pid()).ok().and_then(rustix::process::Pid::from_raw);
+    rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::TERM).unwrap();
+    while !matches!(wait(place.events.recv()).unwrap(), Event::Gone) {}
+    assert_clean(&place.config, place.spawner.pid());
+}
+
 fn spawner_killed_frozen_box_swept() {
     let mut place = place(2);
     let running = place.claim(Program::new(["sleep", "1000"])).unwrap();
@@ -254,10 +264,13 @@ fn spawner_killed_frozen_box_swept() {
 
 fn two_hundred_claims_leave_all_flat() {
     let mut place = place(4);
+    let state_dir = place.config.state_dir.clone();
     let look = |pid: u32| {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        // Those of others on this machine come and go.
         let mounts = |pid: u32| {
-            fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().lines().count()
+            let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+            text.lines().filter(|l| l.contains(&state_dir)).count()
         };
         let ours = fs::read_dir("/proc/self/fd").unwrap().count();
         (fds, mounts(pid), mounts(std::process::id()), ours)

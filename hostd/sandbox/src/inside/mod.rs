@@ -92,7 +92,7 @@ fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::
     let mut steps = crate::spec::Steps { woken: claim.woken, ..crate::spec::Steps::default() };
     let mut fds = claim.fds.into_iter();
     let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
-    let children = sys::child_signal_fd().map_err(|e| Fault::os("signalfd", &e))?;
+    let children = sys::signal_fd(libc::SIGCHLD).map_err(|e| Fault::os("signalfd", &e))?;
     let parts: Vec<_> = fds.by_ref().take(claim.parts as usize).collect();
     swap::swap(root, parts, &claim.hostname, &mut steps)?;
     confine::confine(filters)?;

@@ -59,15 +59,7 @@ impl Spawning {
                 let answer = self.reshape(shapes).map_or_else(Answer::Failed, |()| Answer::Done);
                 self.answer(from, answer, Vec::new());
             }
-            Ask::Shutdown { kill } => {
-                self.stopping = Some(from);
-                self.waiting.clear();
-                for built in self.boxes.values_mut() {
-                    if kill || matches!(built.entry.state(), State::Preparing | State::Parked) {
-                        built.kill();
-                    }
-                }
-            }
+            Ask::Shutdown { kill } => self.stop(from, kill),
         }
     }
 

@@ -45,6 +45,7 @@ const PARKING_MAX: Duration = Duration::from_secs(10);
 
 const LISTENER: u64 = 0;
 const CONNECTION: u64 = 1;
+const TERMINATE: u64 = 2;
 /// Tokens of a slot: this, plus two times the slot, plus 1 for the process.
 const SLOTS: u64 = 16;
 
@@ -69,6 +70,7 @@ pub(crate) struct Spawning {
     filters: Filters,
     dev: OwnedFd,
     listener: OwnedFd,
+    terminate: OwnedFd,
     epoll: OwnedFd,
     connection: Option<Connection>,
     generation: u64,
@@ -84,8 +86,8 @@ pub(crate) struct Spawning {
     next_number: u64,
     refill: pool::Refill,
     alone_since: Option<Instant>,
-    /// Set by `Shutdown`: the question to answer at the end.
-    stopping: Option<(u64, u64)>,
+    /// Set by `Shutdown`: the questions to answer at the end.
+    stopping: Option<Vec<(u64, u64)>>,
     buffer: Vec<u8>,
 }
 
@@ -131,6 +133,11 @@ impl Spawning {
         match token {
             LISTENER => self.accept(),
             CONNECTION => self.hear(),
+            TERMINATE => {
+                // In the name of whoever is connected, who hears of it by the end of the connection.
+                let generation = self.connection.as_ref().map_or(0, |c| c.generation);
+                self.stop((generation, 0), true);
+            }
             _ => {
                 let Ok(slot) = u32::try_from((token - SLOTS) / 2) else { return };
                 if (token - SLOTS) % 2 == 1 {
@@ -138,6 +145,22 @@ impl Spawning {
                 } else {
                     let _more_comes_again = self.listen_to(slot);
                 }
+            }
+        }
+    }
+
+    /// Begins to end. `asker` is answered when nothing is left.
+    fn stop(&mut self, asker: (u64, u64), kill: bool) {
+        // Level-triggered and left unread: once is enough.
+        let _ = epoll::delete(&self.epoll, &self.terminate);
+        self.stopping.get_or_insert_default().push(asker);
+        for waiting in std::mem::take(&mut self.waiting) {
+            let to = (asker.0, waiting.number);
+            self.answer(to, Answer::Refused(crate::error::Refusal::Stopping), Vec::new());
+        }
+        for built in self.boxes.values_mut() {
+            if kill || matches!(built.entry.state(), State::Preparing | State::Parked) {
+                built.kill();
             }
         }
     }
@@ -281,10 +304,13 @@ impl Spawning {
         }
         self.layout.remove_all();
         let _ = std::fs::remove_file(socket_path(&self.config.state_dir));
-        if let Some(to) = self.stopping {
-            self.answer(to, Answer::Done, Vec::new());
-            self.flush_for(Duration::from_secs(2));
+        for to in self.stopping.take().unwrap_or_default() {
+            // Question 0 is nobody's.
+            if to.1 != 0 {
+                self.answer(to, Answer::Done, Vec::new());
+            }
         }
+        self.flush_for(Duration::from_secs(2));
     }
 
     /// Waits for a slow hostd, so that the last word is heard.

@@ -11,7 +11,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::MountPropagationFlags;
 
 use super::pool::Refill;
-use super::{LISTENER, Spawning};
+use super::{LISTENER, Spawning, TERMINATE};
 use crate::cgroup::Layout;
 use crate::inside::Filters;
 use crate::packet;
@@ -80,6 +80,7 @@ fn prepare() -> Result<Spawning, String> {
     let layout =
         Layout::prepare(Path::new(&config.cgroup_root), &own, &name).map_err(say("cgroups"))?;
     let listener = listen(&config.state_dir).map_err(say("socket"))?;
+    let terminate = sys::signal_fd(libc::SIGTERM).map_err(say("signals"))?;
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| format!("epoll: {e}"))?;
     let slots = config.slots;
     let spawning = Spawning {
@@ -87,6 +88,7 @@ fn prepare() -> Result<Spawning, String> {
         filters: Filters::compile()?,
         dev,
         listener,
+        terminate,
         epoll,
         connection: None,
         generation: 0,
@@ -106,6 +108,7 @@ fn prepare() -> Result<Spawning, String> {
         config,
     };
     spawning.watch(&spawning.listener, LISTENER).map_err(say("epoll"))?;
+    spawning.watch(&spawning.terminate, TERMINATE).map_err(say("epoll"))?;
     let mut stdout = io::stdout();
     stdout.write_all(READY).and_then(|()| stdout.flush()).map_err(say("stdout"))?;
     // From here on nobody reads stdout or writes stdin; hostd's ends close with it.
