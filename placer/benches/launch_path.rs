@@ -272,7 +272,7 @@ async fn serve_host(id: HostId, endpoint: quinn::Endpoint) {
                                 replies.reply(tag, &started(id, &payload));
                             }
                         }
-                        Ok(Some((_, payload))) => {
+                        Ok(Some((Kind::Launch, payload))) => {
                             let _ = stream::reply(&mut send, &started(id, &payload)).await;
                         }
                         _ => {}
