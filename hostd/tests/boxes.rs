@@ -35,6 +35,7 @@ fn main() {
             "a_kill_at_any_moment_loses_and_doubles_nothing",
             a_kill_at_any_moment_loses_and_doubles_nothing,
         ),
+        ("an_upgrade_ends_no_box", an_upgrade_ends_no_box),
         ("a_killed_spawner_leaves_nothing", a_killed_spawner_leaves_nothing),
         (
             "a_torn_journal_opens_and_nothing_stays_unowned",
@@ -333,6 +334,46 @@ fn a_killed_hostd_takes_its_boxes_up_again() {
         place::read_until(&mut recv, &mut said, "word").await;
         assert_eq!(exited(&placer, id).await.code, 5);
     });
+    place.end();
+}
+
+/// FAULTS O4, with a dozen: hostd stops as for an upgrade, and the next one has them all, images included.
+fn an_upgrade_ends_no_box() {
+    let mut place = Place::new();
+    let asked: Vec<_> = (1..13).map(|n| request(n, "img", &["sleep", "222"])).collect();
+    let before = block_on(async {
+        let placer = place.placer().await;
+        futures::future::join_all(asked.iter().map(|request| started(&placer, request))).await
+    });
+    for killed in [false, true] {
+        if killed {
+            place.kill_hostd();
+        } else {
+            place.stop_hostd();
+        }
+        place.programs_become("sleep", asked.len());
+        place.start_hostd();
+        block_on(async {
+            let placer = place.placer().await;
+            for (request, before) in asked.iter().zip(&before) {
+                assert_eq!(started(&placer, request).await.sandbox, before.sandbox);
+                assert_eq!(inspect(&placer, before.sandbox).await.state, State::Running);
+            }
+            // A program of the image that nobody has read yet.
+            let exec = ExecRequest {
+                sandbox: before[0].sandbox,
+                command: vec![if killed { "id" } else { "stty" }.into(), "--version".into()],
+                env: vec![],
+                cwd: String::new(),
+                user: String::new(),
+                tty: None,
+                stdin: false,
+            };
+            let (out, err, exit) = exec_all(&placer, exec, b"").await;
+            assert_eq!(exit.unwrap().code, 0, "{out} {err}");
+        });
+        place.programs_become("sleep", asked.len());
+    }
     place.end();
 }
 

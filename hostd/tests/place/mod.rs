@@ -75,12 +75,10 @@ pub(crate) struct Place {
     fleet: Fleet,
     config: Config,
     hostd: Option<Child>,
-    mounts_before: usize,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
-        let mounts_before = mounts();
         let fleet = Fleet::new();
         let root = fleet.dir.path().join("root");
         make_root(&root);
@@ -100,7 +98,7 @@ impl Place {
             uid_base: Some(0x4000_0000),
             ..fleet.config(HOST)
         };
-        let mut place = Self { fleet, config, hostd: None, mounts_before };
+        let mut place = Self { fleet, config, hostd: None };
         place.start_hostd();
         place
     }
@@ -119,6 +117,13 @@ impl Place {
         BufReader::new(hostd.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert!(line.starts_with("ready hostd "), "{line:?}");
         self.hostd = Some(hostd);
+    }
+
+    /// As for an upgrade: it stops by itself, and its boxes run on.
+    pub(crate) fn stop_hostd(&mut self) {
+        let mut hostd = self.hostd.take().unwrap();
+        drop(hostd.stdin.take());
+        assert!(hostd.wait().unwrap().success());
     }
 
     pub(crate) fn kill_hostd(&mut self) {
@@ -154,15 +159,12 @@ impl Place {
         self.fleet.placer(HOST, self.config.listen).await
     }
 
-    /// Programs of a name that run in boxes of this place, by their user ids.
+    /// Programs of a name that run in boxes of this place, by their control group.
     pub(crate) fn boxes_of_programs(&self, name: &str) -> usize {
-        let base = self.config.uid_base.unwrap();
-        let end = base + 100 * hostd_sandbox::UIDS_A_BOX;
+        let group = group_name(&self.config.state);
         let ours = |pid: i32| {
-            use std::os::unix::fs::MetadataExt;
             let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            let uid = fs::metadata(format!("/proc/{pid}")).map_or(0, |meta| meta.uid());
-            comm.trim() == name && (base..end).contains(&uid)
+            comm.trim() == name && is_in(pid, &group)
         };
         processes(ours).len()
     }
@@ -187,28 +189,25 @@ impl Place {
 
     /// Stops the host with all its boxes, and looks that nothing is left.
     pub(crate) fn end(mut self) {
-        drop(self.hostd.as_mut().unwrap().stdin.take());
-        let status = self.hostd.as_mut().unwrap().wait().unwrap();
-        assert!(status.success());
+        self.stop_hostd();
         self.config.stop_ends_sandboxes = true;
         self.start_hostd();
         let mut hostd = self.hostd.take().unwrap();
         drop(hostd.stdin.take());
         assert!(hostd.wait().unwrap().success());
-        let base = self.config.uid_base.unwrap();
         let state = self.config.state.clone();
+        let group = group_name(&state);
         let begun = Instant::now();
         loop {
-            use std::os::unix::fs::MetadataExt;
-            let left = processes(|pid| {
-                let uid = fs::metadata(format!("/proc/{pid}")).map_or(0, |meta| meta.uid());
-                uid >= base && uid < base + 100 * hostd_sandbox::UIDS_A_BOX
-            });
+            let left = processes(|pid| is_in(pid, &group));
             let groups = groups_left(&state);
-            if left.is_empty() && groups == 0 && mounts() <= self.mounts_before {
+            if left.is_empty() && groups == 0 && mounts_of(self.fleet.dir.path()) == 0 {
                 return;
             }
-            let what = format!("{left:?} processes, {groups} groups, {} mounts", mounts());
+            let what = format!(
+                "{left:?} processes, {groups} groups, {} mounts",
+                mounts_of(self.fleet.dir.path())
+            );
             assert!(begun.elapsed() < Duration::from_secs(5), "left: {what}");
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -233,8 +232,19 @@ impl Drop for Place {
     }
 }
 
-fn mounts() -> usize {
-    fs::read_to_string("/proc/self/mounts").unwrap().lines().count()
+/// Mounts below a directory.
+fn mounts_of(dir: &Path) -> usize {
+    let dir = dir.display().to_string();
+    let all = fs::read_to_string("/proc/self/mounts").unwrap();
+    all.lines().filter(|line| line.split(' ').nth(1).is_some_and(|at| at.starts_with(&dir))).count()
+}
+
+fn group_name(state: &Path) -> String {
+    hostd_sandbox::Config::new(state.join("boxes"), Vec::new()).group_name()
+}
+
+fn is_in(pid: i32, group: &str) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(group))
 }
 
 /// Control groups of a state directory's spawner.
@@ -248,8 +258,7 @@ fn groups_left(state: &Path) -> usize {
         })
         .sum()
     }
-    let name = hostd_sandbox::Config::new(state.join("boxes"), Vec::new()).group_name();
-    walk(Path::new("/sys/fs/cgroup"), &name, 4)
+    walk(Path::new("/sys/fs/cgroup"), &group_name(state), 4)
 }
 
 fn processes(wanted: impl Fn(i32) -> bool) -> Vec<i32> {
