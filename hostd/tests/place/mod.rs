@@ -143,8 +143,11 @@ impl Place {
             });
             holds && argument.windows(9).any(|window| window == b"__spawner")
         });
-        assert_eq!(pids.len(), 1, "one spawner: {pids:?}");
-        let pid = rustix::process::Pid::from_raw(pids[0]).unwrap();
+        // What it forks has its files for a moment.
+        let child_of_one = |pid: &&i32| pids.contains(&parent_of(**pid));
+        let spawners: Vec<i32> = pids.iter().filter(|pid| !child_of_one(pid)).copied().collect();
+        assert_eq!(spawners.len(), 1, "one spawner: {pids:?}");
+        let pid = rustix::process::Pid::from_raw(spawners[0]).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
@@ -230,6 +233,13 @@ impl Drop for Place {
             }
         }
     }
+}
+
+fn parent_of(pid: i32) -> i32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, in brackets, may hold blanks.
+    let rest = stat.rsplit(") ").next().unwrap_or_default();
+    rest.split(' ').nth(1).and_then(|ppid| ppid.parse().ok()).unwrap_or(0)
 }
 
 /// Mounts below a directory.
