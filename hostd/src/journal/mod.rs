@@ -8,6 +8,8 @@
 //! The launch path waits for its row while its box is being made, not after it. Left out: no-op boxes, of which
 //! nothing could be taken up.
 
+mod rows;
+
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -22,13 +24,11 @@ use std::{
     time::Duration,
 };
 
-use hostd_core::BodyHash;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use tokio::sync::oneshot;
-use wire::{
-    Code, Fault, ImageId, LaunchId,
-    call::{Exit, ExitWhy},
-};
+use wire::{Code, Fault, LaunchId};
+
+pub(crate) use self::rows::{Past, Row, Stage};
 
 const SANDBOXES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("sandboxes");
 const LAUNCHES: TableDefinition<'_, [u8; 16], &[u8]> = TableDefinition::new("launches");
@@ -67,149 +67,6 @@ impl StorageBackend for Unsynced {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
         self.file.write_all_at(data, offset)
-    }
-}
-
-/// Where a sandbox stood when its row was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// It was being started: it may have run or not.
-    Claimed,
-    /// It ran.
-    Running,
-    /// It had ended, at that time in ms.
-    Ended(u64, Exit),
-}
-
-/// One sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Row {
-    /// Its launch.
-    pub(crate) launch_id: LaunchId,
-    /// Hash of its request.
-    pub(crate) body: BodyHash,
-    /// Index of its shape.
-    pub(crate) shape: u8,
-    /// When it was admitted, in ms of the boot clock.
-    pub(crate) admitted_ms: u64,
-    /// When it must end; zero for never.
-    pub(crate) hard_at_ms: u64,
-    /// Idle milliseconds; zero for ever.
-    pub(crate) idle_ms: u64,
-    /// Its image, if known yet.
-    pub(crate) image: ImageId,
-    /// Where it stands.
-    pub(crate) stage: Stage,
-    /// Its request.
-    pub(crate) request: Vec<u8>,
-}
-
-const ROW_VERSION: u8 = 1;
-const ROW_HEAD: usize = 1 + 16 + 16 + 1 + 8 * 3 + 32 + 1 + 8 + 5;
-
-impl Row {
-    fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(ROW_HEAD + self.request.len());
-        bytes.push(ROW_VERSION);
-        bytes.extend_from_slice(&self.launch_id.0);
-        bytes.extend_from_slice(&self.body);
-        bytes.push(self.shape);
-        for number in [self.admitted_ms, self.hard_at_ms, self.idle_ms] {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
-        bytes.extend_from_slice(&self.image.0);
-        let none = Exit { code: 0, why: ExitWhy::Returned };
-        let (stage, ended_ms, exit) = match self.stage {
-            Stage::Claimed => (0, 0, none),
-            Stage::Running => (1, 0, none),
-            Stage::Ended(at_ms, exit) => (2, at_ms, exit),
-        };
-        bytes.push(stage);
-        bytes.extend_from_slice(&ended_ms.to_le_bytes());
-        bytes.extend_from_slice(&exit.frame_bytes());
-        bytes.extend_from_slice(&self.request);
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let mut rest = bytes;
-        let [version] = take(&mut rest)?;
-        if version != ROW_VERSION {
-            return None;
-        }
-        let launch_id = LaunchId(take(&mut rest)?);
-        let body = take(&mut rest)?;
-        let [shape] = take(&mut rest)?;
-        let admitted_ms = u64::from_le_bytes(take(&mut rest)?);
-        let hard_at_ms = u64::from_le_bytes(take(&mut rest)?);
-        let idle_ms = u64::from_le_bytes(take(&mut rest)?);
-        let image = ImageId(take(&mut rest)?);
-        let [stage] = take(&mut rest)?;
-        let ended_ms = u64::from_le_bytes(take(&mut rest)?);
-        let exit = Exit::from_frame_bytes(&take::<5>(&mut rest)?).ok()?;
-        let stage = match stage {
-            0 => Stage::Claimed,
-            1 => Stage::Running,
-            2 => Stage::Ended(ended_ms, exit),
-            _ => return None,
-        };
-        let request = rest.to_vec();
-        Some(Self {
-            launch_id,
-            body,
-            shape,
-            admitted_ms,
-            hard_at_ms,
-            idle_ms,
-            image,
-            stage,
-            request,
-        })
-    }
-}
-
-fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, tail) = rest.split_first_chunk::<N>()?;
-    *rest = tail;
-    Some(*head)
-}
-
-/// What became of a launch of which no sandbox is left.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Past {
-    /// It was cancelled.
-    Cancelled,
-    /// It failed.
-    Failed(BodyHash, Fault),
-}
-
-impl Past {
-    fn to_bytes(&self) -> Vec<u8> {
-        match self {
-            Self::Cancelled => vec![0],
-            Self::Failed(body, fault) => {
-                let mut bytes = vec![1];
-                bytes.extend_from_slice(body);
-                bytes.extend_from_slice(&(fault.code as u16).to_le_bytes());
-                bytes.extend_from_slice(fault.message.as_bytes());
-                bytes
-            }
-        }
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let mut rest = bytes;
-        match take(&mut rest)? {
-            [0] => Some(Self::Cancelled),
-            [1] => {
-                let body = take(&mut rest)?;
-                let number = u16::from_le_bytes(take(&mut rest)?);
-                let code = Code::ALL.iter().copied().find(|code| *code as u16 == number)?;
-                let message = String::from_utf8(rest.to_vec()).ok()?;
-                Some(Self::Failed(body, Fault::new(code, message)))
-            }
-            _ => None,
-        }
     }
 }
 
@@ -462,6 +319,11 @@ fn commit(database: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
 
 #[cfg(test)]
 mod tests {
+    use wire::{
+        ImageId,
+        call::{Exit, ExitWhy},
+    };
+
     use super::*;
 
     fn row(stage: Stage) -> Row {
@@ -521,19 +383,6 @@ mod tests {
             assert!(left.sandboxes.is_empty());
             block_on(journal.put(1, row(Stage::Claimed)).done()).unwrap();
             assert!(path.with_extension(format!("broken-{round}")).exists(), "kept for a look");
-        }
-    }
-
-    #[test]
-    fn rows_of_any_bytes_are_rows_or_nothing() {
-        let bytes = row(Stage::Running).to_bytes();
-        for cut in 0..ROW_HEAD {
-            assert_eq!(Row::from_bytes(&bytes[..cut]), None);
-        }
-        for at in 0..bytes.len() {
-            let mut flipped = bytes.clone();
-            flipped[at] ^= 0x55;
-            let _ = Row::from_bytes(&flipped);
         }
     }
 }
