@@ -122,6 +122,8 @@ async fn the_store_keeps_what_it_acknowledged() {
     assert!(scan(&store).await.is_empty());
 
     // D1: killed in the middle of writes. What was acknowledged is there; what was not may be.
+    node.kill_and_restart().await;
+    let store = ScyllaStore::open(node.url.strip_prefix("scylla://").unwrap()).await.unwrap();
     let again: Vec<Row> =
         written.iter().take(20_000).map(|row| Row { seq: Seq(2), ..*row }).collect();
     let parts = batches(&again);

@@ -26,8 +26,9 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/engines/cassandra.sh")
 }
 
-fn spawn(dir: &Path, [cql, storage]: [u16; 2]) -> Result<Child, String> {
+fn spawn(dir: &Path, [cql, storage]: [u16; 2], commits: &str) -> Result<Child, String> {
     Command::new(script())
+        .env("COMMITLOG_SYNC", commits)
         .arg("run")
         .arg(dir)
         .args([cql.to_string(), storage.to_string()])
@@ -50,7 +51,7 @@ impl Cassandra {
         }
         let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
         let ports = [free_port(), free_port()];
-        let child = spawn(dir.path(), ports)?;
+        let child = spawn(dir.path(), ports, "periodic")?;
         let url = format!("scylla://127.0.0.1:{}/volley", ports[0]);
         let mut node = Self { child, url, ports, dir };
         node.wait().await?;
@@ -73,11 +74,12 @@ impl Cassandra {
         }
     }
 
-    /// `kill -9`, then the same node again.
+    /// `kill -9`, then the same node again, which from then on acknowledges a write only when its commit log is
+    /// on disk. With periodic sync the database itself may lose what the last period acknowledged.
     pub(crate) async fn kill_and_restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.child = spawn(self.dir.path(), self.ports).unwrap();
+        self.child = spawn(self.dir.path(), self.ports, "batch").unwrap();
         self.wait().await.unwrap();
     }
 
