@@ -36,9 +36,9 @@ POM
 # Periodic sync acknowledges before the log is safe: a kill may take what the last period acknowledged. A test that counts
 # on every acknowledged write asks for COMMITLOG_SYNC=batch.
 write_config() {
-    local commitlog_sync="commitlog_sync: batch"
-    [[ ${COMMITLOG_SYNC:-periodic} == batch ]] ||
-        commitlog_sync=$'commitlog_sync: periodic\ncommitlog_sync_period: 1000ms'
+    commitlog_sync="commitlog_sync: periodic
+commitlog_sync_period: 1000ms"
+    if [ "${COMMITLOG_SYNC:-}" = batch ]; then commitlog_sync="commitlog_sync: batch"; fi
     cat >"$1/cassandra.yaml" <<YAML
 cluster_name: volley-tests
 num_tokens: 1
