@@ -1,4 +1,6 @@
 //! Boxes on the real kernel: what a program sees, how it ends, what it can be asked, what is left.
+//!
+//! Longer than 500 lines: a test a line of the promise, all on one set-up.
 
 #![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
 

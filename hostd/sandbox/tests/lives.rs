@@ -1,5 +1,7 @@
 //! Lives that end badly: hostd killed, the spawner killed, hundreds of boxes one after another. Nothing
 //! may be left, and nothing lost that still runs.
+//!
+//! Longer than 500 lines: a test a line of the promise, all on one set-up.
 
 #![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
 

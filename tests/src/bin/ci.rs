@@ -29,7 +29,12 @@ const STEPS: &[Step] = &[
         args: &["doc", "--workspace", "--no-deps", "--locked"],
         env: &[("RUSTDOCFLAGS", "-D warnings")],
     },
-    Step { name: "tests", args: &["test", "--workspace", "--locked"], env: &[] },
+    // What tests print is shown, so that none is skipped silently.
+    Step {
+        name: "tests",
+        args: &["test", "--workspace", "--locked"],
+        env: &[("RUST_TEST_NOCAPTURE", "1")],
+    },
     // Every interleaving of what is lock-free. In its own directory: the flag changes every crate.
     Step {
         name: "loom",
