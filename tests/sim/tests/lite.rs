@@ -3,9 +3,12 @@
 use rand::{TryRngCore, rngs::OsRng};
 use tests_sim::{swarm, swarm::check};
 
+/// Seeds that failed once. 3776: six small hosts, lossy heartbeats; launches found no host known to have room.
+const ONCE_BROKEN: [u64; 1] = [3776];
+
 #[test]
 fn fixed_seeds_hold() {
-    for seed in 1..=60 {
+    for seed in (1..=40).chain(ONCE_BROKEN) {
         if let Err(broken) = check(seed) {
             panic!("{broken}");
         }
