@@ -7,6 +7,7 @@
 //! budget is time left and shrinks; attempts are bounded; each retry that is not a refusal costs a token of the thread's budget.
 //!
 //! Left out: the request's bytes and the connections. Everything here is about one host at a time.
+//! Longer than 500 lines: one state machine, whose transitions are argued against one another.
 
 use wire::{
     Code, Fault, HostId, ShapeId,

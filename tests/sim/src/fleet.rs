@@ -1,4 +1,5 @@
 //! The world: events, network and faults. [`run`] turns [`Options`] into an [`Outcome`].
+//! Longer than 500 lines: one loop over all kinds of events, each of which touches the same world.
 
 use std::{collections::HashMap, rc::Rc};
 
