@@ -1,7 +1,5 @@
 //! A fleet made by `volley init` and started role by role, as an operator does: without hosts, then with one.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
-
 use std::{
     io::{BufRead as _, BufReader},
     net::{SocketAddr, UdpSocket},
