@@ -3,7 +3,8 @@
 //! Think of a traffic light that has failed: one car that does not come is a broken car; when no car comes at all, the
 //! road is closed, and nobody should be declared dead for it. So the slow scan removes the silent one by one, but if
 //! more than [`BRAKE_PERCENT`] of the fleet would leave at once it removes nobody and raises an alarm: then most likely
-//! it is we who cannot hear (DESIGN 4.5, invariant 8).
+//! it is we who cannot hear (DESIGN 4.5, invariant 8). Scans may come faster than heartbeats, so a host leaves only when
+//! it has been dead for an interval: by then all who fell silent with it are counted.
 //!
 //! Hosts that other aggregators hear are known here from the store alone. While the store does not answer they cannot
 //! be seen to live, so nobody is removed from the first failed scan until a grace after scans work again.
@@ -22,7 +23,7 @@ pub enum Verdict {
         /// All hosts.
         total: u64,
     },
-    /// The store was away or this process is young: too early to judge anybody.
+    /// The store was away, the brake has just gone off, or this process is young: too early to judge anybody.
     Grace,
 }
 
@@ -32,6 +33,7 @@ pub struct Liveness {
     grace_ms: u64,
     percent_max: u64,
     judge_from_ms: u64,
+    held_until_ms: u64,
     store_away: bool,
     alarm: bool,
 }
@@ -44,6 +46,7 @@ impl Liveness {
             grace_ms,
             percent_max: BRAKE_PERCENT,
             judge_from_ms: now_ms + grace_ms,
+            held_until_ms: 0,
             store_away: false,
             alarm: false,
         }
@@ -77,10 +80,15 @@ impl Liveness {
         if self.store_away || now_ms < self.judge_from_ms {
             return Verdict::Grace;
         }
-        let silent = census.silent.len() as u64;
+        let silent = census.fresh + census.silent.len() as u64;
         self.alarm = silent > 1 && silent * 100 > census.total * self.percent_max;
         if self.alarm {
+            // When they are heard again, that too takes an interval and its jitter: nobody is dead for being the last.
+            self.held_until_ms = now_ms + 2 * census.interval_ms_max;
             return Verdict::Brake { silent, total: census.total };
+        }
+        if now_ms < self.held_until_ms {
+            return Verdict::Grace;
         }
         Verdict::Remove(census.silent)
     }
@@ -123,6 +131,24 @@ mod tests {
             matches!(liveness.judge(2, census(1_000, 3)), Verdict::Remove(gone) if gone.len() == 3)
         );
         assert!(!liveness.alarm());
+    }
+
+    #[test]
+    fn those_who_just_died_hold_the_brake_and_do_not_leave() {
+        let mut liveness = Liveness::new(0, 0);
+        let first_seen = Census { fresh: 300, ..census(1_000, 10) };
+        assert_eq!(liveness.judge(1, first_seen), Verdict::Brake { silent: 310, total: 1_000 });
+        let few = Census { fresh: 30, ..census(1_000, 10) };
+        assert!(matches!(liveness.judge(2, few), Verdict::Remove(gone) if gone.len() == 10));
+    }
+
+    #[test]
+    fn when_they_are_heard_again_the_last_to_speak_have_time() {
+        let mut liveness = Liveness::new(0, 0);
+        let all = Census { interval_ms_max: 15, ..census(1_000, 500) };
+        assert!(matches!(liveness.judge(100, all), Verdict::Brake { .. }));
+        assert_eq!(liveness.judge(129, census(1_000, 100)), Verdict::Grace);
+        assert!(matches!(liveness.judge(130, census(1_000, 1)), Verdict::Remove(_)));
     }
 
     #[test]

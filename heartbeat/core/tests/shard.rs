@@ -263,13 +263,16 @@ fn the_silent_are_found_and_one_that_speaks_in_time_stays() {
     let mut shard = shard();
     (1..=10).for_each(|host| assert_eq!(hand(&mut shard, 0, host, 1, &beat(1)), None));
     (3..=10).for_each(|host| assert_eq!(hand(&mut shard, 40_000, host, 1, &beat(2)), None));
+    let mut fresh = Census::default();
+    shard.sweep(61_000, 0, usize::MAX, &mut fresh);
+    assert_eq!((fresh.fresh, fresh.silent.len()), (2, 0), "dead, and still to be counted only");
     let mut census = Census::default();
-    shard.sweep(61_000, 0, usize::MAX, &mut census);
+    shard.sweep(76_000, 0, usize::MAX, &mut census);
     assert_eq!(census.silent.iter().map(|silent| silent.host.0).collect::<Vec<_>>(), [1, 2]);
     let mut early = Census::default();
     shard.sweep_as_of(61_000, 60_000, 0, usize::MAX, &mut early);
-    assert_eq!((early.silent.len(), early.suspect), (0, 2), "the store was not looked at since");
-    hand(&mut shard, 61_001, 1, 1, &beat(2));
+    assert_eq!((early.fresh, early.suspect), (0, 2), "the store was not looked at since");
+    hand(&mut shard, 76_001, 1, 1, &beat(2));
     let removed: Vec<_> =
         census.silent.iter().filter(|silent| shard.handle_remove(silent)).collect();
     assert_eq!(removed.len(), 1);
@@ -277,7 +280,7 @@ fn the_silent_are_found_and_one_that_speaks_in_time_stays() {
     shard.take_news(100, &mut news);
     let gone = news.iter().find(|(host, _)| *host == HostId(2)).unwrap();
     assert!(gone.1.has(CapacityWord::ABSENT));
-    hand(&mut shard, 62_000, 2, 1, &beat(3));
+    hand(&mut shard, 77_000, 2, 1, &beat(3));
     assert_eq!(shard.len(), 10);
     assert!(shard.membership() > membership);
 }

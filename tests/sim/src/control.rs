@@ -134,8 +134,7 @@ impl Control {
         }
     }
 
-    /// The slow scan. It is slower than heartbeats, so that all who fell silent at once are seen silent in one scan: the
-    /// brake looks at one scan.
+    /// The slow scan.
     pub fn scan(&mut self, now: Micros) {
         let mut census = Census::default();
         self.shard.sweep(now / 1_000, 0, usize::MAX, &mut census);

@@ -80,8 +80,13 @@ pub struct Census {
     pub quarantined: u64,
     /// Takes no new work.
     pub draining: u64,
-    /// Candidates for removal.
+    /// Dead, but for less than another interval. Hosts that fall silent together pass for dead over one interval, one after
+    /// another: so long they only count against the brake, which then sees all of them before one leaves.
+    pub fresh: u64,
+    /// Candidates for removal: dead for an interval.
     pub silent: Vec<Silent>,
+    /// The longest time between heartbeats of any host, in milliseconds.
+    pub interval_ms_max: u64,
 }
 
 impl Census {
@@ -92,7 +97,9 @@ impl Census {
         self.suspect += other.suspect;
         self.quarantined += other.quarantined;
         self.draining += other.draining;
+        self.fresh += other.fresh;
         self.silent.extend(other.silent);
+        self.interval_ms_max = self.interval_ms_max.max(other.interval_ms_max);
     }
 }
 
@@ -270,7 +277,14 @@ impl Shard {
         let (records, next) = self.part(cursor, max);
         for record in records {
             census.total += 1;
-            if record.standing(judged_ms.min(now_ms)) == Standing::Dead {
+            let interval_ms = u64::from(record.interval_ms());
+            census.interval_ms_max = census.interval_ms_max.max(interval_ms);
+            let judged_ms = judged_ms.min(now_ms);
+            if record.standing(judged_ms) == Standing::Dead {
+                if record.standing(judged_ms.saturating_sub(interval_ms)) != Standing::Dead {
+                    census.fresh += 1;
+                    continue;
+                }
                 census.silent.push(Silent {
                     host: HostId(record.host),
                     seq: Seq(record.seq),
