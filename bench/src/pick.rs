@@ -14,7 +14,7 @@ use std::{
 };
 
 use placer_core::{
-    Adopter, CapacityTable, MapView, Pick, Picker, Reservation, Select,
+    Adopter, CapacityTable, MapView, Pick, Picker, Select,
     map::encode,
     table::{SLOT_WORDS, words_for},
 };
@@ -63,8 +63,10 @@ impl Default for Options {
 pub struct Row {
     /// Hosts.
     pub hosts: usize,
-    /// Two random reads and a comparison, one pick at a time.
+    /// Two random reads and a comparison.
     pub bare: Figure,
+    /// The same, and an exchange on the better of the two.
+    pub bare_claim: Figure,
     /// Pick and reserve, one at a time.
     pub single: Figure,
     /// Pick and reserve, 64 at a time.
@@ -138,12 +140,13 @@ fn row(options: &Options, hosts: usize) -> Result<Row, Fault> {
     }
     let seed = options.seed;
     let mut seq = 1;
-    let [bare, single, batched, batched_on_two, fed] = alternate::<Fault, 5>(
+    let [bare, bare_claim, single, batched, batched_on_two, fed] = alternate::<Fault, 6>(
         options.rounds,
         [
-            &mut || Ok(bare_loop(bare_arena.words(), options.picks, seed)),
+            &mut || Ok(bare_loop(bare_arena.words(), options.picks, seed, false)),
+            &mut || Ok(bare_loop(bare_arena.words(), options.picks, seed, true)),
             &mut || one_at_a_time(&table, options.picks, seed),
-            &mut || in_batches(&table, options.picks, seed, None),
+            &mut || in_batches(&table, options.picks, seed),
             &mut || on_two(&table, options.picks, seed),
             &mut || {
                 seq += 1;
@@ -151,87 +154,93 @@ fn row(options: &Options, hosts: usize) -> Result<Row, Fault> {
             },
         ],
     )?;
-    Ok(Row { hosts, bare, single, batched, batched_on_two, fed })
+    Ok(Row { hosts, bare, bare_claim, single, batched, batched_on_two, fed })
 }
 
 /// Millions a second of the thread's processor time.
 #[expect(clippy::cast_precision_loss, reason = "below 2^52")]
-fn rate(count: usize, from: Duration) -> f64 {
-    count as f64 / (thread_time() - from).as_secs_f64() / 1e6
+fn rate(count: usize, time: Duration) -> f64 {
+    count as f64 / time.as_secs_f64() / 1e6
 }
 
-fn bare_loop(words: &[AtomicU64], picks: usize, seed: u64) -> f64 {
+fn bare_loop(words: &[AtomicU64], picks: usize, seed: u64, claim: bool) -> f64 {
     let mut rng = SmallRng::seed_from_u64(seed);
     let slots = words.len() / SLOT_WORDS;
     let from = thread_time();
     let mut sum = 0u64;
     for _ in 0..picks {
         let bits = rng.next_u64();
-        let at = |half: u64| ((half * slots as u64) >> 32) as usize;
+        let at = |half: u64| ((half * slots as u64) >> 32) as usize * SLOT_WORDS;
         let (a, b) = (at(bits & 0xffff_ffff), at(bits >> 32));
-        let read = |at: usize| words[at * SLOT_WORDS].load(Ordering::Relaxed);
-        sum = sum.wrapping_add(read(a).max(read(b)));
+        let (x, y) = (words[a].load(Ordering::Relaxed), words[b].load(Ordering::Relaxed));
+        sum = sum.wrapping_add(x.max(y));
+        if claim {
+            let (word, value) = if x > y { (&words[a], x) } else { (&words[b], y) };
+            let claimed =
+                word.compare_exchange(value, value ^ 1, Ordering::AcqRel, Ordering::Relaxed);
+            sum = sum.wrapping_add(u64::from(claimed.is_ok()));
+        }
     }
     hint::black_box(sum);
-    rate(picks, from)
+    rate(picks, thread_time() - from)
 }
 
 fn smallest() -> ShapeId {
     ShapeId::default()
 }
 
-fn kept(pick: Pick, held: &mut Vec<Reservation>) -> Result<(), Fault> {
-    match pick {
-        Pick::Picked(picked) => {
-            held.push(picked.reservation);
-            Ok(())
+/// Picks between two releases: what they are written to stays in the cache.
+const CHUNK: usize = 64 * BATCH;
+
+/// Fills chunk after chunk, timed; releases each, untimed.
+fn in_chunks(
+    table: &Table<'_>,
+    picks: usize,
+    mut fill: impl FnMut(&mut [Pick]),
+) -> Result<f64, Fault> {
+    let mut chunk: Vec<Pick> = (0..CHUNK).map(|_| Pick::NoHosts).collect();
+    let chunks = picks.div_ceil(CHUNK);
+    let mut time = Duration::ZERO;
+    for _ in 0..chunks {
+        let from = thread_time();
+        fill(&mut chunk);
+        time += thread_time() - from;
+        for pick in &mut chunk {
+            match std::mem::replace(pick, Pick::NoHosts) {
+                Pick::Picked(picked) => table.release(picked.reservation),
+                Pick::NoRoom | Pick::NoHosts => return Err(internal("an empty fleet had no room")),
+            }
         }
-        Pick::NoRoom | Pick::NoHosts => Err(internal("an empty fleet had no room")),
     }
+    Ok(rate(chunks * CHUNK, time))
 }
 
 fn one_at_a_time(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
     let mut picker = Picker::new(Select::default(), seed);
-    let mut held = Vec::with_capacity(picks);
-    let from = thread_time();
-    for _ in 0..picks {
-        kept(picker.pick(table, smallest(), &[]), &mut held)?;
-    }
-    let rate = rate(picks, from);
-    held.into_iter().for_each(|reservation| table.release(reservation));
-    Ok(rate)
+    in_chunks(table, picks, |chunk| {
+        chunk.iter_mut().for_each(|pick| *pick = picker.pick(table, smallest(), &[]));
+    })
 }
 
-fn in_batches(
-    table: &Table<'_>,
-    picks: usize,
-    seed: u64,
-    start: Option<&Barrier>,
-) -> Result<f64, Fault> {
+fn in_batches(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
     let mut picker = Picker::new(Select::default(), seed);
     let shapes = [smallest(); BATCH];
-    let mut out: [Pick; BATCH] = std::array::from_fn(|_| Pick::NoHosts);
-    let mut held = Vec::with_capacity(picks + BATCH);
-    if let Some(start) = start {
-        start.wait();
-    }
-    let from = thread_time();
-    for _ in 0..picks.div_ceil(BATCH) {
-        picker.pick_batch(table, &shapes, &mut out);
-        for pick in &mut out {
-            kept(std::mem::replace(pick, Pick::NoHosts), &mut held)?;
+    in_chunks(table, picks, |chunk| {
+        for batch in chunk.chunks_exact_mut(BATCH) {
+            picker.pick_batch(table, &shapes, batch);
         }
-    }
-    let rate = rate(held.len(), from);
-    held.into_iter().for_each(|reservation| table.release(reservation));
-    Ok(rate)
+    })
 }
 
 fn on_two(table: &Table<'_>, picks: usize, seed: u64) -> Result<f64, Fault> {
     let start = Barrier::new(2);
+    let half = |seed| {
+        start.wait();
+        in_batches(table, picks, seed)
+    };
     thread::scope(|scope| {
-        let other = scope.spawn(|| in_batches(table, picks, seed ^ 1, Some(&start)));
-        let mine = in_batches(table, picks, seed, Some(&start))?;
+        let other = scope.spawn(|| half(seed ^ 1));
+        let mine = half(seed)?;
         Ok(mine + other.join().map_err(|_| internal("a picking thread panicked"))??)
     })
 }
@@ -244,7 +253,7 @@ fn feed(table: &Table<'_>, fleet: &[(HostId, HostAddr)], count: usize, seq: u64)
         let at = (u64::from(rng.next_u32()) * fleet.len() as u64) >> 32;
         table.feed(fleet[at as usize].0, word);
     }
-    rate(count, from)
+    rate(count, thread_time() - from)
 }
 
 impl fmt::Display for Report {
@@ -258,6 +267,7 @@ impl fmt::Display for Report {
         for row in &self.rows {
             writeln!(f, "  {:>9} hosts", row.hosts)?;
             writeln!(f, "    bare two reads   {}", row.bare)?;
+            writeln!(f, "    and an exchange  {}", row.bare_claim)?;
             let over = row.bare.median / row.single.median;
             writeln!(
                 f,
