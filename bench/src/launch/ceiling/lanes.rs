@@ -147,18 +147,19 @@ pub(super) async fn answer_all(connection: Connection, hosts: &Hosts, shape: Sha
 pub(super) async fn offer(connection: &Connection, shape: Shape, at: usize, done: &AtomicU64) {
     let share =
         shape.in_flight / shape.connections + usize::from(at < shape.in_flight % shape.connections);
-    let Ok((mut send, recv)) = connection.open_bi().await else { return };
-    let zeros = Bytes::from(vec![0; share * shape.request]);
+    let Ok((send, recv)) = connection.open_bi().await else { return };
+    let out = Outgoing::default();
+    out.add(share);
     let mut incoming = Incoming { recv, message: shape.reply, have: 0 };
-    let mut count = share;
-    loop {
-        if count > 0 && send.write_chunk(zeros.slice(..count * shape.request)).await.is_err() {
-            return;
+    let reading = async {
+        while let Some(count) = incoming.next().await {
+            out.add(count);
+            done.fetch_add(count as u64, Ordering::Relaxed);
         }
-        match incoming.next().await {
-            Some(came) => count = came,
-            None => return,
-        }
-        done.fetch_add(count as u64, Ordering::Relaxed);
+    };
+    // Two tasks' worth of turns in one: the writer yields, so that all replies that are here are answered together.
+    tokio::select! {
+        () = out.write(send, shape.request) => {}
+        () = reading => {}
     }
 }
