@@ -55,7 +55,7 @@ struct Args {
     #[arg(long, default_value_t = 5)]
     seconds: u64,
     /// Image.
-    #[arg(long, default_value = "dev")]
+    #[arg(long, default_value = "shell")]
     image: String,
     /// Measured rows a second of a database core.
     #[arg(long)]

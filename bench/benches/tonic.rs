@@ -273,7 +273,7 @@ fn launches(args: &Args, shape: Shape) -> Result<Option<Options>, Fault> {
     Ok(Some(Options {
         placers: vec![placer],
         identity: PathBuf::from(identity),
-        image: args.text("--image").unwrap_or("dev").to_owned(),
+        image: args.text("--image").unwrap_or("shell").to_owned(),
         load: Load::Closed { in_flight: shape.in_flight },
         connections: shape.connections,
         duration: shape.time,

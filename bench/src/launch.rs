@@ -85,7 +85,7 @@ pub struct Options {
     pub connections: usize,
     /// Threads that offer load, each with a socket of its own: the kernel spreads sockets over a placer's threads.
     pub threads: usize,
-    /// Image.
+    /// Image; by default the one that `volley dev` prepares.
     pub image: String,
     /// Index of the shape.
     pub shape: u8,
@@ -121,9 +121,9 @@ impl Default for Options {
             carrier: Carrier::Lane,
             connections: 0,
             threads: 1,
-            image: String::new(),
+            image: "shell".into(),
             shape: 0,
-            command: Vec::new(),
+            command: vec!["true".into()],
             lifetime: Duration::from_millis(100),
             budget: Duration::from_secs(5),
             pids: Vec::new(),
