@@ -31,6 +31,8 @@ pub struct Parts {
     pub rows_a_core: Option<f64>,
     /// Where the sweep of offered rates bent.
     pub knee: Option<launch::Knee>,
+    /// Launches in flight a host, while launches were measured.
+    pub together: Option<f64>,
 }
 
 /// A line of the model.
@@ -67,6 +69,8 @@ pub struct Model {
     pub lines: Vec<Line>,
     /// Where the sweep bent.
     pub knee: Option<launch::Knee>,
+    /// Launches in flight a host, while launches were measured.
+    pub together: Option<f64>,
 }
 
 /// What is measured for the model.
@@ -117,8 +121,17 @@ pub fn run(options: &Options) -> Result<Model, Fault> {
         map: Some(map::run(&map)?),
         rows_a_core: options.rows_a_core,
         knee,
+        together: options.launch.as_ref().map(together),
     };
     Ok(model(&parts, options.hosts, options.launches))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "thousands")]
+fn together(options: &launch::Options) -> f64 {
+    match options.load {
+        launch::Load::Closed { in_flight } => in_flight as f64 / options.hosts.max(1) as f64,
+        launch::Load::Open { .. } => f64::NAN,
+    }
 }
 
 fn role_ns(report: Option<&launch::Report>, role: &str) -> Option<f64> {
@@ -163,7 +176,8 @@ pub fn model(parts: &Parts, hosts: f64, launches: f64) -> Model {
         line("aggregators", "maps published", 1.0 / PUBLISH_S, published),
         line("database", "rows in batches", beats, row_ns),
     ];
-    Model { hosts, launches, placers, lines, knee: parts.knee.clone() }
+    let (knee, together) = (parts.knee.clone(), parts.together);
+    Model { hosts, launches, placers, lines, knee, together }
 }
 
 impl fmt::Display for Model {
@@ -192,13 +206,22 @@ impl fmt::Display for Model {
             let missing = of_role().any(|line| line.ns.is_none());
             let at_least = if missing { "at least " } else { "" };
             match sum {
-                Some(sum) => writeln!(f, "  {role}: {at_least}{sum:.1} cores")?,
+                Some(sum) => writeln!(f, "  {role}: {at_least}{sum:.2} cores")?,
                 None => writeln!(f, "  {role}: not measured in this run")?,
             }
         }
         match &self.knee {
             Some(knee) => writeln!(f, "  knee: {knee}")?,
             None => writeln!(f, "  knee: not measured in this run (needs a sweep of rates)")?,
+        }
+        if let Some(together) = self.together.filter(|together| *together > 1.0) {
+            writeln!(
+                f,
+                "  mind: {together:.0} launches a host were under way where launches were measured, so that they shared \
+                 packets;\n  with {:.1} a second a host each has packets of its own: measure with as many hosts as \
+                 launches in flight",
+                self.launches / self.hosts.max(1.0)
+            )?;
         }
         writeln!(
             f,
@@ -221,7 +244,7 @@ mod tests {
         let model = model(&parts, 1_000_000.0, 1_000_000.0);
         let text = model.to_string();
         assert!(text.contains("placers: not measured"), "{text}");
-        assert!(text.contains("database: 0.7 cores"), "{text}");
+        assert!(text.contains("database: 0.67 cores"), "{text}");
         assert!(text.contains("not measured"), "{text}");
     }
 }

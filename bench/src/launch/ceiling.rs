@@ -18,6 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use quinn::Endpoint;
+use tokio::sync::watch;
 use wire::{Code, Fault, frame::HEADER_BYTES, launch::LaunchHead, seal::Role};
 use wire_net::{
     quic,
@@ -44,7 +46,7 @@ pub struct Shape {
     pub connections: usize,
     /// Round trips in flight.
     pub in_flight: usize,
-    /// Connections of a relay to the echoes behind it.
+    /// Echoes behind a relay, a socket and a connection each.
     pub hosts: usize,
     /// Time that is measured, after a short warm-up.
     pub time: Duration,
@@ -94,20 +96,24 @@ fn little(rate: f64, mean_us: f64) -> usize {
 /// [`Code::Internal`] if a connection broke: then there is no figure.
 pub fn bare(shape: Shape, relayed: bool) -> Result<f64, Fault> {
     let authority = &FleetAuthority::unsaved()?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let (echo, echo_thread) = serve(authority, &stop, shape, None)?;
-    let (target, relay_thread) = if relayed {
-        let (addr, thread) = serve(authority, &stop, shape, Some(echo))?;
-        (addr, Some(thread))
-    } else {
-        (echo, None)
-    };
+    let (stop, stopped) = watch::channel(false);
+    let sockets = if relayed { shape.hosts } else { 1 };
+    let echoes = Served { sockets, behind: Vec::new(), stopped: stopped.clone(), shape };
+    let (mut targets, echo_thread) = serve(authority, echoes)?;
+    let mut threads = vec![echo_thread];
+    if relayed {
+        let relay = Served { sockets: 1, behind: targets, stopped, shape };
+        let (addrs, thread) = serve(authority, relay)?;
+        targets = addrs;
+        threads.push(thread);
+    }
+    let target = targets[0];
     let client = authority.issue(&Peer::Client { tenant: "bench".into() })?;
     let rate = spawn("ceiling-client", move || runtime()?.block_on(offer(client, target, shape)))?
         .join()
         .map_err(|_| panicked())?;
-    stop.store(true, Ordering::Relaxed);
-    for thread in [Some(echo_thread), relay_thread].into_iter().flatten() {
+    let _ = stop.send(true);
+    for thread in threads {
         thread.join().map_err(|_| panicked())??;
     }
     rate
@@ -134,60 +140,61 @@ fn spawn<T: Send + 'static>(
         .map_err(|error| Fault::new(Code::Internal, format!("no thread: {error}")))
 }
 
-/// An echo, or with `behind` a relay to it, on a thread of its own; returns where it listens.
-fn serve(
-    authority: &FleetAuthority,
-    stop: &Arc<AtomicBool>,
+/// Echoes, a socket each as hosts have, or with `behind` a relay to them.
+struct Served {
+    sockets: usize,
+    behind: Vec<SocketAddr>,
+    stopped: watch::Receiver<bool>,
     shape: Shape,
-    behind: Option<SocketAddr>,
-) -> Result<(SocketAddr, thread::JoinHandle<Result<(), Fault>>), Fault> {
+}
+
+type Serving = thread::JoinHandle<Result<(), Fault>>;
+
+/// Serves on a thread of its own; returns where.
+fn serve(authority: &FleetAuthority, served: Served) -> Result<(Vec<SocketAddr>, Serving), Fault> {
     let identity = authority.issue(&Peer::Placer(1))?;
     let (tell, told) = mpsc::channel();
-    let stop = Arc::clone(stop);
     let thread = spawn("ceiling-serve", move || {
         runtime()?.block_on(async move {
-            let roles = [Role::Client, Role::Placer];
-            let endpoint = quic::listen(LOOPBACK, &identity, &roles)?;
+            let Served { sockets, behind, mut stopped, shape } = served;
+            let listen = |_| quic::listen(LOOPBACK, &identity, &[Role::Client, Role::Placer]);
+            let endpoints = (0..sockets).map(listen).collect::<Result<Vec<_>, _>>()?;
             let mut hosts = Vec::new();
-            if let Some(behind) = behind {
-                for _ in 0..shape.hosts {
-                    hosts.push(quic::connect(&endpoint, behind, Role::Placer).await?);
-                }
+            for addr in behind {
+                hosts.push(quic::connect(&endpoints[0], addr, Role::Placer).await?);
             }
             let behind = Arc::new(match shape.carrier {
                 Carrier::Stream => Behind::Streams(streams::Hosts::new(hosts)),
                 Carrier::Lane => Behind::Lanes(lanes::Hosts::open(&hosts, shape).await?),
             });
-            let addr = endpoint
-                .local_addr()
-                .map_err(|error| Fault::new(Code::Internal, error.to_string()))?;
-            let _ = tell.send(addr);
-            while !stop.load(Ordering::Relaxed) {
-                let turn = Duration::from_millis(50);
-                let Ok(Some(incoming)) = tokio::time::timeout(turn, endpoint.accept()).await else {
-                    continue;
-                };
-                if let Ok((connection, _)) = quic::accept(incoming).await {
-                    let behind = Arc::clone(&behind);
-                    tokio::spawn(async move {
-                        match &*behind {
-                            Behind::Streams(hosts) => {
-                                streams::answer_all(connection, hosts.clone(), shape).await;
-                            }
-                            Behind::Lanes(hosts) => {
-                                lanes::answer_all(connection, hosts, shape).await
-                            }
-                        }
-                    });
-                }
+            let addrs = endpoints.iter().map(Endpoint::local_addr).collect::<Result<_, _>>();
+            let _ = tell.send(addrs.map_err(|e| Fault::new(Code::Internal, e.to_string()))?);
+            for endpoint in &endpoints {
+                tokio::spawn(accept_all(endpoint.clone(), Arc::clone(&behind), shape));
             }
-            endpoint.close(0u32.into(), b"");
+            let _ = stopped.changed().await;
+            endpoints.iter().for_each(|endpoint| endpoint.close(0u32.into(), b""));
             Ok(())
         })
     })?;
     match told.recv() {
-        Ok(addr) => Ok((addr, thread)),
+        Ok(addrs) => Ok((addrs, thread)),
         Err(_) => Err(thread.join().map_err(|_| panicked())?.err().unwrap_or_else(panicked)),
+    }
+}
+
+async fn accept_all(endpoint: Endpoint, behind: Arc<Behind>, shape: Shape) {
+    while let Some(incoming) = endpoint.accept().await {
+        let behind = Arc::clone(&behind);
+        tokio::spawn(async move {
+            let Ok((connection, _)) = quic::accept(incoming).await else { return };
+            match &*behind {
+                Behind::Streams(hosts) => {
+                    streams::answer_all(connection, hosts.clone(), shape).await;
+                }
+                Behind::Lanes(hosts) => lanes::answer_all(connection, hosts, shape).await,
+            }
+        });
     }
 }
 
