@@ -14,6 +14,7 @@ use std::{
     os::fd::AsRawFd as _,
     ptr::{self, NonNull},
     sync::atomic::{AtomicU16, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -32,8 +33,8 @@ const PAGE: usize = 4_096;
 const GROUP: u16 = 0;
 const RECEIVE: u64 = 1;
 const CANCEL: u64 = 2;
-/// Completions that end a wait early.
-const WANTED: usize = 64;
+/// A batch of fewer was all there was, so that the next may gather first.
+const FULL: usize = 32;
 
 const _: () = assert!(BUFFERS.is_power_of_two());
 
@@ -114,6 +115,8 @@ pub(super) struct Uring {
     head: Box<libc::msghdr>,
     enabled: bool,
     armed: bool,
+    /// The last turn took what there was.
+    drained: bool,
 }
 
 // SAFETY: the pointers lead to memory that this value owns alone (`Shared`) or are null (`head`). The kernel refuses a
@@ -158,6 +161,7 @@ impl Uring {
             head,
             enabled: false,
             armed: false,
+            drained: false,
         })
     }
 
@@ -177,7 +181,7 @@ impl Uring {
         Ok(())
     }
 
-    /// As [`super::Receiver::recv`]. After the first datagram it waits up to `gather` for more.
+    /// As [`super::Receiver::recv`]. After a small batch it waits for `gather` before it looks for the next.
     pub(super) fn recv(
         &mut self,
         socket: &UdpSocket,
@@ -188,8 +192,11 @@ impl Uring {
         if !self.armed {
             self.arm(socket)?;
         }
+        if mem::take(&mut self.drained) && !gather.is_zero() {
+            thread::sleep(gather);
+        }
         if self.ring.completion().is_empty() {
-            self.wait(timeout, gather)?;
+            self.wait(timeout)?;
         }
         let mut got = 0;
         let mut failed = None;
@@ -224,19 +231,14 @@ impl Uring {
             self.shared.give_back(id);
         }
         self.shared.publish();
+        self.drained = got > 0 && got < FULL;
         failed.map_or(Ok(got), Err)
     }
 
-    fn wait(&mut self, timeout: Duration, gather: Duration) -> io::Result<()> {
+    fn wait(&mut self, timeout: Duration) -> io::Result<()> {
         let timeout = Timespec::from(timeout);
-        let gather_us = u32::try_from(gather.as_micros()).unwrap_or(u32::MAX);
         let args = SubmitArgs::new().timespec(&timeout);
-        let (args, wanted) = if gather_us > 0 && self.ring.params().is_feature_min_timeout() {
-            (args.min_wait_usec(gather_us), WANTED)
-        } else {
-            (args, 1)
-        };
-        match self.ring.submitter().submit_with_args(wanted, &args) {
+        match self.ring.submitter().submit_with_args(1, &args) {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
