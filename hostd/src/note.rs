@@ -116,5 +116,7 @@ pub(crate) fn record(core: &Core, note: &Note, now_ms: u64) -> Option<SandboxRec
         state: sandbox.state,
         age_ms: now_ms.saturating_sub(sandbox.admitted_ms),
         left_ms: sandbox.left_ms(now_ms),
+        network: request.network,
+        published: Vec::new(),
     })
 }

@@ -218,6 +218,7 @@ fn request() -> LaunchRequest {
         stdin: false,
         limits: Limits::default(),
         network: Network::None,
+        publish: vec![],
         labels: Vec::new(),
     }
 }

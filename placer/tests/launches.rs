@@ -72,6 +72,7 @@ fn raw_request() -> wire::launch::LaunchRequest {
         stdin: false,
         limits: wire::launch::Limits::default(),
         network: wire::launch::Network::None,
+        publish: Vec::new(),
         labels: Vec::new(),
     }
 }

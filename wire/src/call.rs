@@ -16,6 +16,7 @@ use crate::{
     fault::Fault,
     id::{HostId, LaunchId, SandboxId},
     limits::{CALL_BYTES_MAX, FRAME_BYTES_MAX},
+    network::{Network, Published},
 };
 
 /// The process that a sandbox was launched with, among those that [`Call::Attach`] can name.
@@ -347,6 +348,10 @@ pub struct SandboxRecord {
     pub age_ms: u64,
     /// Milliseconds until its hard deadline; zero for none.
     pub left_ms: u64,
+    /// What it may reach.
+    pub network: Network,
+    /// Its ports that are open on its host.
+    pub published: Vec<Published>,
 }
 
 /// What a sandbox uses.

@@ -5,10 +5,11 @@
 //! request: it shrinks at each hop, so it travels beside it ([`LaunchHead`]) and a placer forwards the request's
 //! bytes as they came.
 
-use alloc::{string::String, vec::Vec};
+use alloc::{format, string::String, vec::Vec};
 
 use rkyv::{Archive, Deserialize, Serialize};
 
+pub use crate::network::{Network, Publish};
 use crate::{
     capacity::{CapacityWord, ShapeId},
     codec::{self, Malformed},
@@ -45,6 +46,8 @@ pub struct LaunchRequest {
     pub limits: Limits,
     /// What it may reach.
     pub network: Network,
+    /// Its ports that are to be open on the host's own address.
+    pub publish: Vec<Publish>,
     /// Metadata to list and filter by.
     pub labels: Vec<(String, String)>,
 }
@@ -65,17 +68,6 @@ pub struct Limits {
     pub pids: u32,
     /// Open files a process.
     pub open_files: u32,
-}
-
-/// What a sandbox may reach.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
-#[rkyv(derive(Debug))]
-pub enum Network {
-    /// Its own loopback.
-    #[default]
-    None,
-    /// Outgoing connections to these `address/prefix` or names; empty for everywhere but the host's own network.
-    Egress(Vec<String>),
 }
 
 /// A host's answer to a launch.
@@ -255,6 +247,7 @@ impl LaunchRequest {
         if self.command.iter().any(has_nul) || has_nul(&self.cwd) || self.env.iter().any(env_bad) {
             return bad("a zero byte, or an environment name that is empty or holds '='");
         }
-        Ok(())
+        self.network.rules().map_err(|e| Fault::new(Code::BadRequest, format!("egress: {e}")))?;
+        Publish::check(&self.publish).or_else(bad)
     }
 }

@@ -25,6 +25,7 @@ pub mod id;
 pub mod launch;
 pub mod limits;
 pub mod map;
+pub mod network;
 pub mod rendezvous;
 pub mod report;
 pub mod seal;

@@ -61,6 +61,15 @@ pub const NAME_BYTES_MAX: usize = 128;
 /// Arguments plus environment entries plus labels of one launch or exec.
 pub const STRINGS_MAX: usize = 1_024;
 
+/// Egress rules of one launch: each connection is judged by all of them.
+pub const RULES_MAX: usize = 64;
+
+/// Bytes of one egress rule: the longest name, protocol and ports.
+pub const RULE_BYTES_MAX: usize = 300;
+
+/// Ports that one launch may have published on its host.
+pub const PUBLISH_MAX: usize = 16;
+
 /// Milliseconds that a launch may spend over all its attempts, at most.
 pub const BUDGET_MS_MAX: u32 = 120_000;
 

@@ -222,6 +222,7 @@ fn launch(id: [u8; 16], command: Vec<String>, tty: bool, hard_ms: u64) -> Launch
         stdin: false,
         limits: Limits { hard_ms, ..Limits::default() },
         network: Network::None,
+        publish: vec![],
         labels: vec![],
     }
 }

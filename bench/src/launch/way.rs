@@ -43,6 +43,7 @@ impl Template {
             stdin: false,
             limits: Limits { hard_ms: millis(options.lifetime), ..Limits::default() },
             network: Network::None,
+            publish: vec![],
             labels: Vec::new(),
         };
         request.check()?;

@@ -127,6 +127,7 @@ pub(crate) fn request(number: u128, image: &str, command: &[&str]) -> LaunchRequ
         stdin: false,
         limits: Limits::default(),
         network: Network::None,
+        publish: vec![],
         labels: vec![],
     }
 }

@@ -44,5 +44,6 @@ pub use spec::{ExecSpec, LaunchSpec, draw_id};
 pub use wire::{
     Code, Fault, HostId, LaunchId, SandboxId,
     call::{Exit, ExitWhy, FileRecord, HostRecord, SandboxRecord, State, Stats},
-    launch::{Limits, Network, Started, Steps},
+    launch::{Limits, Network, Publish, Started, Steps},
+    network::{Published, Rule, RuleError},
 };

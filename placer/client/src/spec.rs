@@ -8,7 +8,7 @@ use std::time::Duration;
 use wire::{
     LaunchId, SandboxId,
     call::ExecRequest,
-    launch::{LaunchRequest, Limits, Network},
+    launch::{LaunchRequest, Limits, Network, Publish},
 };
 
 /// What a sandbox runs, and within which bounds. Built up by its methods.
@@ -48,6 +48,7 @@ impl LaunchSpec {
             stdin: false,
             limits: Limits::default(),
             network: Network::None,
+            publish: vec![],
             labels: Vec::new(),
         };
         Self { request, named: false, budget: None }
@@ -113,6 +114,14 @@ impl LaunchSpec {
     #[must_use]
     pub fn network(mut self, network: Network) -> Self {
         self.request.network = network;
+        self
+    }
+
+    /// Opens a port of it on its host's own address, where the host's operator allows that; `host_port` zero takes any
+    /// that is free. [`crate::Sandbox::inspect`] says where it is.
+    #[must_use]
+    pub fn publish(mut self, host_port: u16, port: u16) -> Self {
+        self.request.publish.push(Publish { port, host_port });
         self
     }
 

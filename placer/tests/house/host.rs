@@ -180,6 +180,8 @@ impl Host {
             state: State::Running,
             age_ms: 1,
             left_ms: 0,
+            network: wire::launch::Network::None,
+            published: Vec::new(),
         })
     }
 }
