@@ -8,6 +8,7 @@ pub mod arena;
 pub mod cost;
 pub mod cpu;
 pub mod heartbeat;
+pub mod image;
 pub mod launch;
 pub mod map;
 pub mod pick;

@@ -54,6 +54,9 @@ impl Timer {
                 self.metrics.publish(&self.cell.counts);
                 if let Ok(real) = self.cell.real() {
                     real.forget(now_ms);
+                    if let Some(images) = real.image_metrics.take() {
+                        self.metrics.set_images(&images);
+                    }
                 }
                 let running = i64::from(self.cell.core.borrow().running());
                 self.metrics.add_running(running - told);

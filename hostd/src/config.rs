@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use hostd_core::{Resources, Shape, Shapes};
+use hostd_image::MountBy;
 use serde::{Deserialize, Serialize};
 use wire::{Code, Fault, limits::HEARTBEAT_INTERVAL_MS_RANGE};
 
@@ -117,8 +118,10 @@ pub struct Config {
     pub uid_base: Option<u32>,
     /// The object store that images are in.
     pub objects: String,
-    /// Mount images lazily where the kernel allows it; else each is unpacked once.
-    pub lazy_images: bool,
+    /// How images are mounted: `auto`, `file` (lazily), `loop` (lazily, by loop devices), `unpack`.
+    pub image_mount: MountBy,
+    /// Record what first runs read as boot packs, for the hosts after this one.
+    pub record_boot_packs: bool,
     /// Milliseconds that a sandbox lives whose launch did not say; zero for ever.
     pub hard_ms: u64,
     /// Bytes of output kept a process whose launch did not say.
@@ -151,7 +154,8 @@ impl Default for Config {
             pool: [4, 4, 2, 0],
             uid_base: None,
             objects: String::new(),
-            lazy_images: true,
+            image_mount: MountBy::Auto,
+            record_boot_packs: true,
             hard_ms: 3_600_000,
             log_bytes: 1 << 20,
             stop_ends_sandboxes: false,

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hostd_image::{ImageError, MountConfig, MountMode, MountedImage, Mounter, Serving};
+use hostd_image::{
+    FirstRunGuard, ImageError, ImageMetrics, MountBy, MountConfig, MountMode, MountedImage,
+    Mounter, Run, Serving,
+};
 use object_store::ObjectStore;
 use tokio::sync::OnceCell;
 use wire::{Code, Fault, ImageId};
@@ -46,9 +49,25 @@ pub(crate) struct Images {
     serving: Serving,
     dir: PathBuf,
     cache_bytes_max: u64,
+    by: MountBy,
+    record: bool,
     mounters: RefCell<Mounters>,
     names: Rc<RefCell<Names>>,
 }
+
+/// What is set about images.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ImageSettings {
+    /// How they are mounted.
+    pub(crate) by: MountBy,
+    /// Whether first runs write boot packs.
+    pub(crate) record: bool,
+    /// Bytes of what was fetched.
+    pub(crate) cache_bytes_max: u64,
+}
+
+/// A mounted image, and the guard of its first run here.
+type Mounted = (Arc<MountedImage>, Option<FirstRunGuard>);
 
 impl Images {
     /// Images of the store that `objects` names, kept under `dir`.
@@ -57,10 +76,10 @@ impl Images {
     /// [`Code::Config`] or [`Code::Storage`]: there is no such store.
     pub(crate) fn open(
         objects: &str,
-        lazy: bool,
         dir: PathBuf,
-        cache_bytes_max: u64,
+        settings: ImageSettings,
     ) -> Result<Self, Fault> {
+        let lazy = settings.by != MountBy::Unpack;
         let holder = || Serving::Holder { objects: objects.to_owned() };
         let can_hold = crate::ASKED.load(std::sync::atomic::Ordering::Relaxed);
         if lazy && !can_hold {
@@ -70,7 +89,9 @@ impl Images {
             store: wire_net::objects::open(objects)?,
             serving: if lazy && can_hold { holder() } else { Serving::Unpack },
             dir,
-            cache_bytes_max,
+            cache_bytes_max: settings.cache_bytes_max,
+            by: settings.by,
+            record: settings.record,
             mounters: RefCell::default(),
             names: Rc::default(),
         })
@@ -88,6 +109,20 @@ impl Images {
         }
     }
 
+    /// What all tenants' mounts counted.
+    pub(crate) async fn metrics(&self) -> ImageMetrics {
+        let mounters: Vec<Arc<Mounter>> =
+            self.mounters.borrow().values().filter_map(|cell| cell.get().cloned()).collect();
+        let mut sum = ImageMetrics::default();
+        for mounter in mounters {
+            match mounter.metrics().await {
+                Ok(metrics) => sum.add(&metrics),
+                Err(error) => tracing::debug!(%error, "an image server did not say its figures"),
+            }
+        }
+        sum
+    }
+
     async fn mounter(&self, tenant: &str) -> Result<Arc<Mounter>, Fault> {
         let cell = Rc::clone(self.mounters.borrow_mut().entry(tenant.to_owned()).or_default());
         let config = || MountConfig {
@@ -96,6 +131,7 @@ impl Images {
             cache_bytes_max: self.cache_bytes_max,
             store: Arc::clone(&self.store),
             domain: tenant.to_owned(),
+            by: self.by,
         };
         let start = || async {
             let mounter = Mounter::start_with(config(), self.serving.clone()).await?;
@@ -108,7 +144,7 @@ impl Images {
         cell.get_or_try_init(start).await.map(Arc::clone).map_err(|error| fault(&error))
     }
 
-    /// A tenant's image by name or id, mounted.
+    /// A tenant's image by name or id, mounted to run a command.
     ///
     /// # Errors
     /// By what is wrong with it; nothing is half mounted.
@@ -116,10 +152,23 @@ impl Images {
         &self,
         tenant: &str,
         image: &str,
-    ) -> Result<Arc<MountedImage>, Fault> {
+        command: &[String],
+    ) -> Result<Mounted, Fault> {
         let mounter = self.mounter(tenant).await?;
         let id = self.resolve(&mounter, tenant, image).await?;
-        self.mount_id(mounter, id).await
+        let run = Run::of(command, self.record);
+        if mounter.mounted(id).is_some() {
+            let mounted = mounter.mount_to_run(id, &run).await.map_err(|error| fault(&error))?;
+            return Ok(mounted);
+        }
+        // A task of its own: whoever gives up leaves it running.
+        let mounting = spawn(async move { mounter.mount_to_run(id, &run).await });
+        let (mounted, first) = mounting
+            .await
+            .map_err(|_| Fault::new(Code::Internal, "a mount ended without an answer"))?
+            .map_err(|error| fault(&error))?;
+        check_arch(&mounted)?;
+        Ok((mounted, first))
     }
 
     /// The same by id: for sandboxes that are taken up again.
@@ -132,40 +181,7 @@ impl Images {
         id: ImageId,
     ) -> Result<Arc<MountedImage>, Fault> {
         let mounter = self.mounter(tenant).await?;
-        self.mount_id(mounter, id).await
-    }
-
-    async fn mount_id(
-        &self,
-        mounter: Arc<Mounter>,
-        id: ImageId,
-    ) -> Result<Arc<MountedImage>, Fault> {
-        if let Some(mounted) = mounter.mounted(id) {
-            return Ok(mounted);
-        }
-        // A task of its own: whoever gives up leaves it running.
-        let mounting = spawn(async move {
-            let mounted = mounter.mount(id).await?;
-            spawn(async move {
-                if let Err(error) = mounter.note_use(id).await {
-                    tracing::warn!(%error, "the sweeper was not told that an image is in use");
-                }
-            });
-            Ok(mounted)
-        });
-        let mounted = mounting
-            .await
-            .map_err(|_| Fault::new(Code::Internal, "a mount ended without an answer"))?;
-        let mounted = mounted.map_err(|error: ImageError| fault(&error))?;
-        let arch = &mounted.config().arch;
-        if !arch.is_empty() && arch != hostd_image::host_arch() {
-            let text = format!(
-                "the image is for {arch}, this host is {}; nothing was started",
-                hostd_image::host_arch()
-            );
-            return Err(Fault::new(Code::ImageArchitecture, text));
-        }
-        Ok(mounted)
+        mounter.mount_again(id).await.map_err(|error| fault(&error))
     }
 
     /// What a name means. Young answers are taken as they are, and renewed beside the launch before they are old, so
@@ -219,6 +235,16 @@ impl Images {
             }
         });
     }
+}
+
+/// Whether the image is for this host's processor.
+fn check_arch(mounted: &MountedImage) -> Result<(), Fault> {
+    let (arch, own) = (&mounted.config().arch, hostd_image::host_arch());
+    if arch.is_empty() || arch == own {
+        return Ok(());
+    }
+    let text = format!("the image is for {arch}, this host is {own}; nothing was started");
+    Err(Fault::new(Code::ImageArchitecture, text))
 }
 
 fn enter(names: &RefCell<Names>, key: (String, String), id: ImageId) {

@@ -1,7 +1,7 @@
 //! What hostd counts. Each host counts in plain cells on its own thread; its timer adds them to the shared
 //! counters once a second, so that threads do not pass a cache line to and fro with each launch.
 
-use std::{cell::Cell, sync::Arc, sync::atomic::AtomicU64};
+use std::{cell::Cell, collections::BTreeMap, sync::Arc, sync::atomic::AtomicU64};
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -22,6 +22,7 @@ macro_rules! counts {
             $($name: Counter<u64, AtomicU64>,)*
             running: Gauge,
             hosts: Family<Vec<(String, String)>, Gauge>,
+            images: Arc<BTreeMap<String, Gauge>>,
         }
 
         impl Metrics {
@@ -72,13 +73,28 @@ pub(crate) fn count(cell: &Cell<u64>) {
 impl Metrics {
     /// The counters, and the registry that shows them.
     pub(crate) fn new(engine: &str) -> (Self, Arc<Registry>) {
-        let metrics = Self::default();
+        let rows = hostd_image::ImageMetrics::default().rows();
+        let images = rows.into_iter().map(|(name, _)| (name, Gauge::default())).collect();
+        let metrics = Self { images: Arc::new(images), ..Self::default() };
         let mut registry = Registry::with_prefix("hostd");
         metrics.register(&mut registry);
         registry.register("running", "Sandboxes that take a slot", metrics.running.clone());
         registry.register("hosts", "Hosts served, by runtime", metrics.hosts.clone());
+        for (name, gauge) in metrics.images.iter() {
+            let help = "Of images, since their server was started; see hostd_image::ImageMetrics";
+            registry.register(format!("image_{name}"), help, gauge.clone());
+        }
         metrics.hosts.get_or_create(&vec![("engine".to_owned(), engine.to_owned())]).set(0);
         (metrics, Arc::new(registry))
+    }
+
+    /// What the image servers of this process's host counted.
+    pub(crate) fn set_images(&self, images: &hostd_image::ImageMetrics) {
+        for (name, value) in images.rows() {
+            if let Some(gauge) = self.images.get(&name) {
+                gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+            }
+        }
     }
 
     /// One host more.

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use hostd_image::MountedImage;
+use hostd_image::{FirstRunGuard, MountedImage};
 use tokio::sync::Notify;
 use wire::{
     SandboxId,
@@ -68,6 +68,8 @@ pub(crate) struct Note {
     pub(crate) processes: RefCell<Processes>,
     /// Its image, held while it lives.
     pub(crate) image: RefCell<Option<Arc<MountedImage>>>,
+    /// Notes what it reads, if it is the first here to run what it runs.
+    pub(crate) first_run: RefCell<Option<FirstRunGuard>>,
 }
 
 impl Note {
@@ -80,6 +82,7 @@ impl Note {
             exit: Once::default(),
             processes: RefCell::default(),
             image: RefCell::default(),
+            first_run: RefCell::default(),
         }
     }
 

@@ -46,6 +46,8 @@ enum What {
     Heartbeat(HeartbeatFlags),
     /// Milliseconds to build, publish and adopt a host map.
     Map(MapFlags),
+    /// Time to a program's first output in small and large images, cold and warm.
+    Image(ImageFlags),
     /// Cores that a fleet takes, counted up from parts that are measured now.
     Cost(CostFlags),
 }
@@ -101,6 +103,35 @@ struct MapFlags {
     /// Rounds.
     #[arg(long, value_name = "COUNT", default_value_t = 5)]
     rounds: usize,
+}
+
+/// Flags of `volley bench image`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+As root. Takes some 8 GB of scratch and memory, and a few minutes.
+Example:
+  volley bench image --latency 20ms --mb-per-second 90")]
+struct ImageFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Storage's time to a first byte.
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = humantime::parse_duration)]
+    latency: Duration,
+    /// Megabytes a second that all GETs share.
+    #[arg(long, value_name = "RATE", default_value_t = 90)]
+    mb_per_second: u64,
+    /// Megabytes of the large image.
+    #[arg(long, value_name = "MB", default_value_t = 2_000)]
+    large_mb: u64,
+    /// Files of the image of many.
+    #[arg(long, value_name = "COUNT", default_value_t = 1_000_000)]
+    files: u64,
+    /// Rounds.
+    #[arg(long, value_name = "COUNT", default_value_t = 5)]
+    rounds: usize,
+    /// Where images are laid out.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
 }
 
 /// Flags of `volley bench cost`.
@@ -215,6 +246,19 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
                 ..bench::map::Options::default()
             };
             figures(flags.output, &bench::map::run(&options)?)?;
+        }
+        What::Image(flags) => {
+            dev::need_root()?;
+            let options = bench::image::Options {
+                latency: flags.latency,
+                bytes_per_second: flags.mb_per_second * 1_000_000,
+                large_bytes: flags.large_mb * 1_000_000,
+                files: flags.files,
+                rounds: flags.rounds.max(1),
+                scratch: flags.scratch.clone(),
+                ..bench::image::Options::default()
+            };
+            figures(flags.output, &bench::image::run(&options)?)?;
         }
         What::Cost(flags) => cost(flags)?,
     }

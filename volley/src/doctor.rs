@@ -6,7 +6,7 @@
 use std::{fs, path::Path};
 
 use clap::{Args, Subcommand};
-use hostd_image::{MountConfig, MountMode, Mounter, Serving};
+use hostd_image::{MountBy, MountConfig, MountMode, Mounter, Serving};
 use serde::Serialize;
 use wire::Code;
 
@@ -137,6 +137,7 @@ fn images() -> Check {
             cache_bytes_max: 1 << 20,
             store: wire_net::objects::open("mem://")?,
             domain: "doctor".to_owned(),
+            by: MountBy::Auto,
         };
         runtime()?.block_on(async {
             let mounter = Mounter::start_with(config, Serving::Inside).await?;
@@ -145,6 +146,9 @@ fn images() -> Check {
     };
     match tried() {
         Ok(MountMode::Lazy) => check("lazy images", true, "mounted lazily", ""),
+        Ok(MountMode::LazyByLoop { why }) => {
+            check("lazy images", true, &format!("mounted lazily by loop devices: {why}"), "")
+        }
         Ok(MountMode::Unpacked { why }) => {
             check("lazy images", false, "", &format!("unpacked once a host: {why}"))
         }

@@ -11,8 +11,9 @@ use tokio::net::{UnixListener, UnixStream};
 use wire::ImageId;
 
 use crate::index::Damaged;
+use crate::manifest::ImageConfig;
 use crate::metrics::ImageMetrics;
-use crate::push::{BootSummary, Pusher, write_boot};
+use crate::push::{BootSummary, FirstRun, Pusher};
 use crate::store::ImageError;
 use crate::worker::Worker;
 
@@ -23,16 +24,18 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Question {
-    /// Open an image, to find out what is wrong with it.
-    Open(String),
+    /// Open an image that is about to be mounted, and begin its first run if there is one.
+    Open { image: String, run: Option<FirstRun> },
     /// Let go of an image.
     Close(String),
-    /// Bring a boot pack.
-    Bring { image: String, entry: String },
+    /// An entry's first run of an image that is mounted.
+    Run(FirstRun),
+    /// That run has ended.
+    EndRun { image: String, entry: String },
     /// Start to note reads.
     Record,
     /// Make them a boot pack.
-    FinishRecord { image: String, entry: String },
+    FinishRecord { recording: u64, image: String, entry: String },
     /// Counters.
     Metrics,
     /// hostd is there as long as this connection is.
@@ -48,7 +51,9 @@ pub(crate) enum Reply {
     Done,
     NotFound(String),
     Failed(String),
-    Boot { spans: u64, bytes: u64, stored: u64 },
+    Opened(ImageConfig),
+    Recording(u64),
+    Boot(BootSummary),
     Metrics(ImageMetrics),
 }
 
@@ -111,19 +116,16 @@ async fn answer(question: Question, pusher: &Arc<Pusher>) -> Reply {
 async fn try_answer(question: Question, pusher: &Arc<Pusher>) -> Result<Reply, ImageError> {
     let server = &pusher.server;
     match question {
-        Question::Open(image) => {
-            server.open(image_id(&image)?).await.map_err(ImageError::Shared)?;
+        Question::Open { image, run } => {
+            return Ok(Reply::Opened(pusher.open_for(image_id(&image)?, run).await?));
         }
         Question::Close(image) => server.close(image_id(&image)?),
-        Question::Bring { image, entry } => {
-            tokio::spawn(pusher.clone().bring(image_id(&image)?, entry));
-        }
-        Question::Record => server.record(),
-        Question::FinishRecord { image, entry } => {
-            let Some(recorder) = server.recorded() else { return Ok(Reply::Done) };
-            let made = write_boot(server, image_id(&image)?, &entry, recorder).await?;
-            let BootSummary { spans, bytes, stored } = made;
-            return Ok(Reply::Boot { spans, bytes, stored });
+        Question::Run(run) => drop(pusher.begin(image_id(&run.image)?, run)),
+        Question::EndRun { image, entry } => pusher.end(&image, &entry),
+        Question::Record => return Ok(Reply::Recording(server.record())),
+        Question::FinishRecord { recording, image, entry } => {
+            let Some(recorder) = server.recorded(recording) else { return Ok(Reply::Done) };
+            return Ok(Reply::Boot(pusher.write(image_id(&image)?, &entry, recorder).await?));
         }
         Question::Metrics => return Ok(Reply::Metrics(server.metrics())),
         // Answered by `serve`.

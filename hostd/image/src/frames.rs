@@ -130,6 +130,11 @@ impl Frames {
         Ok(out.into_iter().flatten().collect())
     }
 
+    /// Starts to fetch those that are neither here nor on their way.
+    pub(crate) fn prefetch(self: &Arc<Self>, wanted: &[FrameAt]) {
+        self.start(wanted.iter().filter(|at| self.look(&at.frame).is_none()).copied().collect());
+    }
+
     /// Waits for the flight of a frame; one that landed meanwhile left it in memory.
     async fn wait(self: &Arc<Self>, at: FrameAt) -> Result<Bytes, Arc<ImageError>> {
         loop {

@@ -62,6 +62,16 @@ impl Domain {
         *blake3::keyed_hash(&self.key, bytes).as_bytes()
     }
 
+    /// The key of [`Domain::hash`].
+    pub(crate) fn key(&self) -> &Hash {
+        &self.key
+    }
+
+    /// The key of [`Domain::list_hasher`].
+    pub(crate) fn list_key(&self) -> &Hash {
+        &self.list_key
+    }
+
     /// Hashes the chunks' hashes of an object that is cut into its id: a large file is hashed once.
     pub(crate) fn list_hasher(&self) -> blake3::Hasher {
         blake3::Hasher::new_keyed(&self.list_key)

@@ -111,6 +111,13 @@ impl Head {
         self.chunk_at(self.chunks)
     }
 
+    /// Its stored form.
+    pub(crate) fn to_bytes(self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.write(&mut out);
+        out
+    }
+
     fn write(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(MAGIC);
         for n in [self.packs, self.frames, self.objects, self.chunks] {
@@ -217,14 +224,19 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    /// Its stored form; `None` when there is too much of anything.
-    pub(crate) fn encode(&self) -> Option<Vec<u8>> {
-        let head = Head {
+    /// How many of what; `None` when there is too much of anything.
+    pub(crate) fn head(&self) -> Option<Head> {
+        Some(Head {
             packs: u32::try_from(self.packs.len()).ok()?,
             frames: u32::try_from(self.frames.len()).ok()?,
             objects: u32::try_from(self.objects.len()).ok()?,
             chunks: u32::try_from(self.chunks.len()).ok()?,
-        };
+        })
+    }
+
+    /// Its stored form; `None` when there is too much of anything.
+    pub(crate) fn encode(&self) -> Option<Vec<u8>> {
+        let head = self.head()?;
         if head.end() > INDEX_BYTES_MAX {
             return None;
         }

@@ -26,15 +26,23 @@ fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
     Ok(move_mount(mount, "", CWD, target, flags)?)
 }
 
-/// Mounts an EROFS image that lies in a file; through a loop device on kernels before 6.12.
-pub(crate) fn mount_erofs(image: &Path, target: &Path) -> io::Result<()> {
-    match mount_erofs_source(image, target) {
-        // What kernels say that take block devices only.
-        Err(e) if e.raw_os_error() == Some(Errno::NOTBLK.raw_os_error()) => {
+/// How EROFS gets at an image of metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MetaBy {
+    /// As a file: Linux 6.12 and later.
+    File,
+    /// As a file behind a loop device: any kernel.
+    Loop,
+}
+
+/// Mounts an EROFS image that lies in a file.
+pub(crate) fn mount_erofs(image: &Path, target: &Path, by: MetaBy) -> io::Result<()> {
+    match by {
+        MetaBy::File => mount_erofs_source(image, target),
+        MetaBy::Loop => {
             let device = LoopDevice::attach(image)?;
             mount_erofs_source(Path::new(&device.path), target)
         }
-        done => done,
     }
 }
 
@@ -166,12 +174,6 @@ fn configure_loop(device: &File, image: std::os::fd::BorrowedFd<'_>) -> io::Resu
     // it is alive and not shared for the whole call.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, config.as_ptr()) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-#[cfg(test)]
-pub(crate) fn mount_erofs_by_loop(image: &Path, target: &Path) -> io::Result<()> {
-    let device = LoopDevice::attach(image)?;
-    mount_erofs_source(Path::new(&device.path), target)
 }
 
 #[cfg(test)]

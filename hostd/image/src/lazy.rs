@@ -10,26 +10,35 @@ use wire::ImageId;
 use crate::frames::{FrameAt, Frames};
 use crate::id::Hash;
 use crate::index::{
-    CHUNK_RECORD_BYTES, Damaged, FRAME_RECORD_BYTES, FrameRef, HEAD_BYTES, Head,
-    OBJECT_RECORD_BYTES, ObjectRef, PACK_RECORD_BYTES, PackRef,
+    CHUNK_RECORD_BYTES, Damaged, FRAME_RECORD_BYTES, FrameRef, Head, OBJECT_RECORD_BYTES,
+    ObjectRef, PACK_RECORD_BYTES, PackRef,
 };
 use crate::limits::{CHUNK_BYTES, FRAME_BYTES};
-use crate::manifest::Manifest;
+use crate::manifest::{BlobRef, Manifest, Table};
 use crate::store::ImageError;
 
-/// An index up to this is fetched at once when the image is opened: one GET instead of several in a row.
+/// An index up to this is fetched whole when it is first asked: one GET instead of several in a row.
 const WARM_INDEX_BYTES: u64 = 4 << 20;
 
 type Result<T> = std::result::Result<T, Arc<ImageError>>;
 
-/// An image, open.
+/// An image, open. Opening one is one GET, of its manifest; the rest comes when it is asked for.
 pub(crate) struct LazyImage {
     pub(crate) id: ImageId,
     pub(crate) manifest: Manifest,
     frames: Arc<Frames>,
-    meta: Vec<FrameAt>,
-    index: Vec<FrameAt>,
+    meta: Blob,
+    index: Blob,
+    index_is_warm: OnceCell<()>,
     head: Head,
+}
+
+/// Where a blob's frames are.
+struct Blob {
+    bytes: u64,
+    /// Known before the table, so that a mount need not wait for that.
+    first: FrameAt,
+    table: OnceCell<Vec<FrameAt>>,
 }
 
 /// An object. Its place is looked up in the index when it is first read.
@@ -63,58 +72,102 @@ fn check<T>(result: std::result::Result<T, Damaged>) -> Result<T> {
     result.map_err(|damage| Arc::new(damage.into()))
 }
 
+fn blob(manifest: &Manifest, blob: &BlobRef) -> Result<Blob> {
+    let place =
+        |frame: &FrameRef| FrameAt { pack: manifest.packs[frame.pack as usize], frame: *frame };
+    let first = blob.first().ok_or_else(|| Arc::new(Damaged("a blob without frames").into()))?;
+    let table = match &blob.table {
+        Table::Inline(frames) => OnceCell::new_with(Some(frames.iter().map(place).collect())),
+        Table::Stored { .. } => OnceCell::new(),
+    };
+    Ok(Blob { bytes: blob.bytes, first: place(first), table })
+}
+
 impl LazyImage {
     pub(crate) async fn open(frames: &Arc<Frames>, id: ImageId) -> Result<Self> {
-        let at = frames.at();
-        let manifest = at.manifest(id).await.map_err(Arc::new)?;
-        let tables = futures::try_join!(
-            at.table(&manifest, &manifest.meta),
-            at.table(&manifest, &manifest.index)
-        );
-        let (meta, index) = tables.map_err(Arc::new)?;
-        let place = |frame: FrameRef| FrameAt { pack: manifest.packs[frame.pack as usize], frame };
-        let meta: Vec<_> = meta.into_iter().map(place).collect();
-        let index: Vec<_> = index.into_iter().map(place).collect();
-        let warm = if manifest.index.bytes <= WARM_INDEX_BYTES { index.len() } else { 1 };
-        // The superblock and the root directory are in the first frame.
-        let first_meta = meta.get(..1).unwrap_or_default();
-        let (index_frames, _) =
-            futures::try_join!(frames.get_all(&index[..warm]), frames.get_all(first_meta))?;
-        let head = index_frames.first().and_then(|b| b.get(..HEAD_BYTES));
-        let head = head.ok_or_else(|| Arc::new(Damaged("the index has no head").into()))?;
-        let head = check(Head::parse(head, manifest.index.bytes))?;
-        Ok(Self { id, manifest, frames: frames.clone(), meta, index, head })
+        let manifest = frames.at().manifest(id).await.map_err(Arc::new)?;
+        Ok(Self {
+            id,
+            frames: frames.clone(),
+            meta: blob(&manifest, &manifest.meta)?,
+            index: blob(&manifest, &manifest.index)?,
+            index_is_warm: OnceCell::new(),
+            head: manifest.index_head,
+            manifest,
+        })
+    }
+
+    /// Starts to fetch what a mount without a boot pack reads first.
+    pub(crate) fn warm(self: &Arc<Self>) {
+        self.frames.prefetch(&[self.meta.first, self.index.first]);
+    }
+
+    /// The frames of a blob.
+    async fn table<'a>(&self, blob: &'a Blob, of: &BlobRef) -> Result<&'a Vec<FrameAt>> {
+        let fetch = || async {
+            let table = self.frames.at().table(&self.manifest, of).await.map_err(Arc::new)?;
+            let place =
+                |frame: FrameRef| FrameAt { pack: self.manifest.packs[frame.pack as usize], frame };
+            Ok(table.into_iter().map(place).collect())
+        };
+        blob.table.get_or_try_init(fetch).await
+    }
+
+    /// Lengths and hashes of the metadata's frames, in order.
+    pub(crate) async fn meta_frames(&self) -> Result<Vec<(usize, Hash)>> {
+        let table = self.table(&self.meta, &self.manifest.meta).await?;
+        Ok(table.iter().map(|at| (at.frame.bytes as usize, at.frame.hash)).collect())
     }
 
     /// Bytes of the metadata image.
     pub(crate) async fn read_meta(&self, at: u64, len: usize) -> Result<Vec<Bytes>> {
-        self.read_blob(&self.meta, self.manifest.meta.bytes, at, len).await
+        self.read_blob(&self.meta, &self.manifest.meta, at, len).await
     }
 
     async fn read_blob(
         &self,
-        blob: &[FrameAt],
-        bytes: u64,
+        blob: &Blob,
+        of: &BlobRef,
         at: u64,
         len: usize,
     ) -> Result<Vec<Bytes>> {
-        let end = at.saturating_add(len as u64).min(bytes);
+        let end = at.saturating_add(len as u64).min(blob.bytes);
         let mut parts = Vec::new();
         let mut at = at;
         while at < end {
             let nth = usize::try_from(at / FRAME_BYTES as u64).unwrap_or(usize::MAX);
-            let Some(frame) = blob.get(nth) else { return damaged("a blob too short") };
+            let frame = if nth == 0 {
+                blob.first
+            } else {
+                let Some(frame) = self.table(blob, of).await?.get(nth) else {
+                    return damaged("a blob too short");
+                };
+                *frame
+            };
             let start = usize::try_from(at % FRAME_BYTES as u64).unwrap_or(0);
             let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(FRAME_BYTES - start);
-            parts.push(Part { at: *frame, start, len });
+            parts.push(Part { at: frame, start, len });
             at += len as u64;
         }
         read_parts(&self.frames, &parts).await
     }
 
+    /// Fetches an index that is small as a whole, once.
+    async fn warm_index(&self) -> Result<()> {
+        let fetch = || async {
+            if self.index.bytes <= WARM_INDEX_BYTES {
+                let table = self.table(&self.index, &self.manifest.index).await?;
+                self.frames.get_all(table).await?;
+            }
+            Ok(())
+        };
+        self.index_is_warm.get_or_try_init(fetch).await.map(|()| ())
+    }
+
     /// A record of the index.
     async fn record<const N: usize>(&self, at: u64) -> Result<[u8; N]> {
-        let parts = self.read_blob(&self.index, self.manifest.index.bytes, at, N).await?;
+        self.warm_index().await?;
+        let parts = self.read_blob(&self.index, &self.manifest.index, at, N).await?;
         let mut out = [0; N];
         if parts.iter().map(Bytes::len).sum::<usize>() != N {
             return damaged("an index too short");
@@ -137,6 +190,19 @@ impl LazyImage {
         let frame = check(FrameRef::parse(&bytes, self.head.packs))?;
         let bytes = self.record::<PACK_RECORD_BYTES>(self.head.pack_at(frame.pack)).await?;
         Ok(FrameAt { pack: check(PackRef::parse(&bytes))?.hash, frame })
+    }
+
+    /// The frame of a chunk, by the chunk's place in the chunk table.
+    async fn chunk(&self, n: u32) -> Result<FrameAt> {
+        if n >= self.head.chunks {
+            return damaged("a chunk out of range");
+        }
+        let record = self.record::<CHUNK_RECORD_BYTES>(self.head.chunk_at(n)).await?;
+        let ordinal = u32::from_le_bytes(record);
+        if ordinal >= self.head.frames {
+            return damaged("a chunk out of range");
+        }
+        self.frame(ordinal).await
     }
 
     /// The first object whose id is not below `from`. Ids are hashes and so lie evenly: where one should be is guessed,
@@ -212,6 +278,13 @@ impl LazyObject {
         self.size
     }
 
+    /// The hash of a chunk of an object that is cut.
+    pub(crate) async fn chunk_hash(&self, nth: u64) -> Result<Hash> {
+        let first = self.look_up().await?.object.first;
+        let nth = u32::try_from(nth).unwrap_or(u32::MAX);
+        Ok(self.image.chunk(first.saturating_add(nth)).await?.frame.hash)
+    }
+
     async fn look_up(&self) -> Result<&Place> {
         let look = || async {
             let found = self.image.first_from(&self.id).await?;
@@ -241,13 +314,7 @@ impl LazyObject {
         let mut at = at;
         while at < end {
             let nth = u32::try_from(at / chunk_bytes).unwrap_or(u32::MAX);
-            let place = image.head.chunk_at(object.first.saturating_add(nth));
-            let record = image.record::<CHUNK_RECORD_BYTES>(place).await?;
-            let ordinal = u32::from_le_bytes(record);
-            if ordinal >= image.head.frames {
-                return damaged("a chunk out of range");
-            }
-            let frame = image.frame(ordinal).await?;
+            let frame = image.chunk(object.first.saturating_add(nth)).await?;
             let start = usize::try_from(at % chunk_bytes).unwrap_or(0);
             let len = usize::try_from((end - at).min(chunk_bytes - start as u64)).unwrap_or(0);
             parts.push(Part { at: frame, start, len });

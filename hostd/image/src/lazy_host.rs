@@ -18,10 +18,11 @@ use crate::disk::DiskFrames;
 use crate::frames::Frames;
 use crate::holder::{self, HeldConfig};
 use crate::index::Damaged;
-use crate::kernel;
+use crate::kernel::{self, MetaBy};
+use crate::manifest::ImageConfig;
 use crate::metrics::ImageMetrics;
 use crate::mount::{Layers, MountConfig};
-use crate::push::{BootSummary, Pusher, write_boot};
+use crate::push::{BootSummary, FirstRun, Pusher};
 use crate::server::Server;
 use crate::store::{DomainStore, ImageError};
 
@@ -30,7 +31,7 @@ pub(crate) const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// Overlay options that the layers need.
 pub(crate) const OVERLAY_OPTIONS: [(&str, &str); 2] = [("metacopy", "on"), ("redirect_dir", "on")];
 
-/// The boot pack that is brought at a mount.
+/// The entry of an image's own command, and the pack for those that have none of their own.
 pub(crate) const DEFAULT_ENTRY: &str = "default";
 
 /// Threads that answer what waited for storage.
@@ -39,6 +40,7 @@ const RUNTIME_THREADS: usize = 2;
 /// The lazy mounts of one domain.
 pub(crate) struct LazyHost {
     dirs: Dirs,
+    meta_by: MetaBy,
     link: Link,
 }
 
@@ -113,6 +115,7 @@ impl LazyHost {
         state_dir: &Path,
         cache_dir: &Path,
         cache_bytes_max: u64,
+        meta_by: MetaBy,
     ) -> Result<Self, ImageError> {
         let dirs = Dirs::below(state_dir, at.domain.name());
         let frames_dir = cache_dir.join("frames").join(at.domain.name());
@@ -136,15 +139,20 @@ impl LazyHost {
             if let Err(error) = device::raise_readahead(&dirs.fuse) {
                 tracing::info!(%error, "reads of large files stay at 128 KiB");
             }
-            let fuse = dirs.fuse.clone();
-            let pusher = Arc::new(Pusher { server, device, fuse });
-            Ok(Self { dirs, link: Link::Inside { pusher, runtime: Some(runtime) } })
+            let handle = runtime.handle().clone();
+            let pusher = Arc::new(Pusher::new(server, device, dirs.fuse.clone(), handle));
+            let link = Link::Inside { pusher, runtime: Some(runtime) };
+            Ok(Self { dirs, meta_by, link })
         })
         .await
     }
 
     /// Uses a holder: the one that is there, with the images that it has mounted, or a new one.
-    pub(crate) async fn hold(config: &MountConfig, objects: &str) -> Result<Self, ImageError> {
+    pub(crate) async fn hold(
+        config: &MountConfig,
+        objects: &str,
+        meta_by: MetaBy,
+    ) -> Result<Self, ImageError> {
         let dirs = Dirs::below(&config.state_dir, &config.domain);
         let control = Control::new(&dirs.control());
         if control.ask_now(&Question::Metrics).await.is_err() {
@@ -154,19 +162,21 @@ impl LazyHost {
         }
         let held = Held::begin(&dirs.control())
             .map_err(|e| ImageError::host("keep the image holder", e))?;
-        Ok(Self { dirs, link: Link::Outside { control, _held: held } })
+        Ok(Self { dirs, meta_by, link: Link::Outside { control, _held: held } })
     }
 
     /// Opens an image, so that what is wrong with it is said in its own words and not as an errno of `mount`.
-    async fn open(&self, id: ImageId) -> Result<(), ImageError> {
+    async fn open(&self, id: ImageId, run: Option<FirstRun>) -> Result<ImageConfig, ImageError> {
         match &self.link {
             Link::Inside { pusher, .. } => {
-                let server = pusher.server.clone();
-                let opened = self.spawn(async move { server.open(id).await }).await?;
-                opened.map(drop).map_err(ImageError::Shared)
+                let pusher = pusher.clone();
+                self.spawn(async move { pusher.open_for(id, run).await }).await?
             }
             Link::Outside { control, .. } => {
-                control.ask(&Question::Open(id.to_string())).await.map(drop)
+                match control.ask(&Question::Open { image: id.to_string(), run }).await? {
+                    Reply::Opened(config) => Ok(config),
+                    _ => Err(Damaged("an answer of the image server").into()),
+                }
             }
         }
     }
@@ -184,29 +194,36 @@ impl LazyHost {
     }
 
     /// Mounts an image's metadata.
-    pub(crate) async fn mount(&self, id: ImageId) -> Result<Layers, ImageError> {
+    pub(crate) async fn mount(
+        &self,
+        id: ImageId,
+        run: Option<FirstRun>,
+    ) -> Result<(Layers, ImageConfig), ImageError> {
         let name = id.to_string();
         let (file, meta) = (self.dirs.images.join(&name), self.dirs.metas.join(&name));
         let source = self.dirs.fuse.join("m").join(&name);
         blocking("note the image", move || fs::write(file, b"")).await?;
-        // Before anything else: it takes a round trip, and others can be made meanwhile.
-        self.bring(id, DEFAULT_ENTRY);
-        let mounted = match self.open(id).await {
-            Ok(()) => {
-                let target = meta.clone();
-                blocking("mount the image's metadata", move || mount_once(&source, &target)).await
+        let mounted = match self.open(id, run).await {
+            Ok(config) => {
+                let (target, by) = (meta.clone(), self.meta_by);
+                let mount = move || mount_once(&source, &target, by);
+                blocking("mount the image's metadata", mount).await.map(|()| config)
             }
             Err(error) => Err(error),
         };
-        if let Err(error) = mounted {
-            self.unmount(id).await;
-            return Err(error);
-        }
-        Ok(Layers {
+        let config = match mounted {
+            Ok(config) => config,
+            Err(error) => {
+                self.unmount(id).await;
+                return Err(error);
+            }
+        };
+        let layers = Layers {
             lower: vec![meta],
             data_only: vec![self.dirs.fuse.join("o").join(&name)],
             options: OVERLAY_OPTIONS.to_vec(),
-        })
+        };
+        Ok((layers, config))
     }
 
     /// Takes an image away that no sandbox uses.
@@ -240,53 +257,54 @@ impl LazyHost {
         }
     }
 
-    /// Brings an image's boot pack, if it has one, while others go on.
-    pub(crate) fn bring(&self, id: ImageId, entry: &str) {
+    /// An entry's first run of an image that is mounted: brings its boot pack, if it has one, while others go on.
+    pub(crate) fn run(&self, id: ImageId, run: FirstRun) {
         match &self.link {
-            Link::Inside { pusher, runtime: Some(runtime) } => {
-                runtime.spawn(pusher.clone().bring(id, entry.to_owned()));
-            }
-            Link::Inside { .. } => {}
-            Link::Outside { control, .. } => {
-                let (control, entry) = (control.clone(), entry.to_owned());
-                tokio::spawn(async move {
-                    let question = Question::Bring { image: id.to_string(), entry };
-                    let _ = control.ask(&question).await;
-                });
-            }
+            Link::Inside { pusher, .. } => drop(pusher.begin(id, run)),
+            Link::Outside { control, .. } => ask_later(control, Question::Run(run)),
         }
     }
 
+    /// What says later that a first run has ended.
+    pub(crate) fn run_end(&self, image: String, entry: String) -> RunEnd {
+        let end = match &self.link {
+            Link::Inside { pusher, .. } => EndBy::Inside(pusher.clone()),
+            Link::Outside { control, .. } => EndBy::Outside(control.clone()),
+        };
+        RunEnd { end, image, entry }
+    }
+
     /// Starts to note what is read.
-    pub(crate) async fn record(&self) -> Result<(), ImageError> {
+    pub(crate) async fn record(&self) -> Result<u64, ImageError> {
         match &self.link {
-            Link::Inside { pusher, .. } => pusher.server.record(),
-            Link::Outside { control, .. } => drop(control.ask(&Question::Record).await?),
+            Link::Inside { pusher, .. } => Ok(pusher.server.record()),
+            Link::Outside { control, .. } => match control.ask(&Question::Record).await? {
+                Reply::Recording(recording) => Ok(recording),
+                _ => Err(Damaged("an answer of the image server").into()),
+            },
         }
-        Ok(())
     }
 
     /// Makes what was read since the boot pack of an image's entry.
     pub(crate) async fn finish_record(
         &self,
+        recording: u64,
         id: ImageId,
         entry: &str,
     ) -> Result<BootSummary, ImageError> {
+        let entry = entry.to_owned();
         match &self.link {
             Link::Inside { pusher, .. } => {
-                let Some(recorder) = pusher.server.recorded() else {
+                let Some(recorder) = pusher.server.recorded(recording) else {
                     return Ok(BootSummary::default());
                 };
-                let (server, entry) = (pusher.server.clone(), entry.to_owned());
-                self.spawn(async move { write_boot(&server, id, &entry, recorder).await }).await?
+                let pusher = pusher.clone();
+                self.spawn(async move { pusher.write(id, &entry, recorder).await }).await?
             }
             Link::Outside { control, .. } => {
-                let image = id.to_string();
-                let question = Question::FinishRecord { image, entry: entry.to_owned() };
+                let question = Question::FinishRecord { recording, image: id.to_string(), entry };
                 match control.ask(&question).await? {
-                    Reply::Boot { spans, bytes, stored } => {
-                        Ok(BootSummary { spans, bytes, stored })
-                    }
+                    Reply::Boot(summary) => Ok(summary),
                     _ => Ok(BootSummary::default()),
                 }
             }
@@ -294,13 +312,47 @@ impl LazyHost {
     }
 }
 
+/// Asks what nobody waits for the answer to.
+fn ask_later(control: &Control, question: Question) {
+    let control = control.clone();
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn(async move {
+            if let Err(error) = control.ask(&question).await {
+                tracing::debug!(%error, "the image server was not told something");
+            }
+        });
+    }
+}
+
+enum EndBy {
+    Inside(Arc<Pusher>),
+    Outside(Control),
+}
+
+/// Says, when it is dropped, that a first run has ended.
+pub(crate) struct RunEnd {
+    end: EndBy,
+    image: String,
+    entry: String,
+}
+
+impl Drop for RunEnd {
+    fn drop(&mut self) {
+        let (image, entry) = (std::mem::take(&mut self.image), std::mem::take(&mut self.entry));
+        match &self.end {
+            EndBy::Inside(pusher) => pusher.end(&image, &entry),
+            EndBy::Outside(control) => ask_later(control, Question::EndRun { image, entry }),
+        }
+    }
+}
+
 /// Mounts unless that was done before, by a hostd that is no more.
-fn mount_once(source: &Path, target: &Path) -> io::Result<()> {
+fn mount_once(source: &Path, target: &Path, by: MetaBy) -> io::Result<()> {
     match fs::create_dir(target) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
         _ => {}
     }
-    if kernel::is_mounted(target) { Ok(()) } else { kernel::mount_erofs(source, target) }
+    if kernel::is_mounted(target) { Ok(()) } else { kernel::mount_erofs(source, target, by) }
 }
 
 impl Drop for LazyHost {

@@ -6,6 +6,8 @@
 
 mod apply;
 mod boot;
+mod boot_write;
+mod brought;
 mod catalog;
 mod control;
 mod deep;
@@ -14,6 +16,7 @@ mod disk;
 mod erofs;
 mod erofs_read;
 mod erofs_write;
+pub mod far_store;
 mod frames;
 mod fuse_wire;
 mod gc;
@@ -34,6 +37,7 @@ mod oci;
 mod pack;
 mod prepare;
 mod progress;
+mod proof;
 mod push;
 mod refuse;
 mod registry;
@@ -59,7 +63,9 @@ pub use index::Damaged;
 pub use kernel::{mount_overlay, unmount};
 pub use manifest::{ImageConfig, Totals};
 pub use metrics::ImageMetrics;
-pub use mount::{Layers, MountConfig, MountMode, MountedImage, Mounter, Serving};
+pub use mount::{
+    FirstRunGuard, Layers, MountBy, MountConfig, MountMode, MountedImage, Mounter, Run, Serving,
+};
 pub use prepare::{PrepareSpec, Summary, host_arch, prepare, prepare_spec, prepare_with};
 pub use progress::Progress;
 pub use push::BootSummary;

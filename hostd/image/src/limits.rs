@@ -2,7 +2,7 @@
 //! reads an image; what the wire says of one is its name.
 
 /// Version of the format that this crate writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// A manifest is one small GET on the way to a mount.
 pub const MANIFEST_BYTES_MAX: usize = 64 << 10;

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Hash, from_hex, hash_from_hex, to_hex};
-use crate::index::{Damaged, FRAME_RECORD_BYTES, FrameRef};
+use crate::index::{Damaged, FRAME_RECORD_BYTES, FrameRef, Head};
 use crate::limits::{
     FORMAT_VERSION, FRAME_BYTES, MANIFEST_BYTES_MAX, META_BYTES_MAX, TABLE_BYTES_MAX,
     TABLE_INLINE_BYTES_MAX,
@@ -56,7 +56,12 @@ pub(crate) struct BlobRef {
 pub(crate) enum Table {
     Inline(Vec<FrameRef>),
     /// In a frame of its own.
-    Stored(FrameRef),
+    Stored {
+        /// That frame.
+        table: FrameRef,
+        /// The blob's first frame: a mount needs no other.
+        first: FrameRef,
+    },
 }
 
 /// A manifest, checked.
@@ -69,6 +74,8 @@ pub(crate) struct Manifest {
     pub(crate) packs: Vec<Hash>,
     pub(crate) meta: BlobRef,
     pub(crate) index: BlobRef,
+    /// How many of what the index has: here too, so that it need not be asked.
+    pub(crate) index_head: Head,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -81,9 +88,11 @@ struct ManifestText {
     packs: Vec<String>,
     meta: BlobText,
     index: BlobText,
+    /// The first bytes of the index, in hex.
+    index_head: String,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BlobText {
     bytes: u64,
@@ -93,21 +102,35 @@ struct BlobText {
     /// One frame record in hex: the frame that holds the frame records.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     table: String,
+    /// Beside a table: the blob's first frame record in hex.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    first: String,
 }
 
 impl BlobRef {
-    fn to_text(&self) -> BlobText {
-        let mut bytes = Vec::new();
+    /// Its first frame.
+    pub(crate) fn first(&self) -> Option<&FrameRef> {
         match &self.table {
-            Table::Inline(frames) => {
-                frames.iter().for_each(|frame| frame.write(&mut bytes));
-                BlobText { bytes: self.bytes, frames: to_hex(&bytes), table: String::new() }
-            }
-            Table::Stored(frame) => {
-                frame.write(&mut bytes);
-                BlobText { bytes: self.bytes, frames: String::new(), table: to_hex(&bytes) }
+            Table::Inline(frames) => frames.first(),
+            Table::Stored { first, .. } => Some(first),
+        }
+    }
+
+    fn to_text(&self) -> BlobText {
+        let hex = |frames: &[FrameRef]| {
+            let mut bytes = Vec::new();
+            frames.iter().for_each(|frame| frame.write(&mut bytes));
+            to_hex(&bytes)
+        };
+        let mut text = BlobText { bytes: self.bytes, ..BlobText::default() };
+        match &self.table {
+            Table::Inline(frames) => text.frames = hex(frames),
+            Table::Stored { table, first } => {
+                text.table = hex(&[*table]);
+                text.first = hex(&[*first]);
             }
         }
+        text
     }
 
     fn from_text(text: &BlobText, packs: u32, bytes_max: u64) -> Result<Self, Damaged> {
@@ -119,15 +142,21 @@ impl BlobRef {
             }
             Table::Inline(parse_table(&bytes, packs, text.bytes)?)
         } else {
-            let bytes = parse(&text.table)?;
-            if bytes.len() != FRAME_RECORD_BYTES || !text.frames.is_empty() {
+            if !text.frames.is_empty() {
                 return Err(Damaged("a frame table of a wrong kind"));
             }
-            let frame = FrameRef::parse(&bytes, packs)?;
-            if frame.bytes as usize > TABLE_BYTES_MAX {
+            let record = |hex: &str| {
+                let bytes = parse(hex)?;
+                if bytes.len() != FRAME_RECORD_BYTES {
+                    return Err(Damaged("a frame table of a wrong kind"));
+                }
+                FrameRef::parse(&bytes, packs)
+            };
+            let (table, first) = (record(&text.table)?, record(&text.first)?);
+            if table.bytes as usize > TABLE_BYTES_MAX || first.bytes as usize != FRAME_BYTES {
                 return Err(Damaged("a frame table too long"));
             }
-            Table::Stored(frame)
+            Table::Stored { table, first }
         };
         if text.bytes == 0 || text.bytes > bytes_max {
             return Err(Damaged("a blob empty or too long"));
@@ -170,6 +199,7 @@ impl Manifest {
             packs: self.packs.iter().map(|hash| to_hex(hash)).collect(),
             meta: self.meta.to_text(),
             index: self.index.to_text(),
+            index_head: to_hex(&self.index_head.to_bytes()),
         };
         serde_json::to_vec(&text).ok().filter(|bytes| bytes.len() <= MANIFEST_BYTES_MAX)
     }
@@ -187,12 +217,15 @@ impl Manifest {
         let packs = text.packs.iter().map(|hex| hash_from_hex(hex));
         let packs: Vec<_> = packs.collect::<Option<_>>().ok_or(Damaged("a pack without a hash"))?;
         let count = u32::try_from(packs.len()).map_err(|_| Damaged("too many packs"))?;
+        let index = BlobRef::from_text(&text.index, count, crate::limits::INDEX_BYTES_MAX)?;
+        let head = from_hex(&text.index_head).ok_or(Damaged("an index head that is no hex"))?;
         Ok(Self {
             domain: text.domain,
             config: text.config,
             totals: text.totals,
             meta: BlobRef::from_text(&text.meta, count, META_BYTES_MAX)?,
-            index: BlobRef::from_text(&text.index, count, crate::limits::INDEX_BYTES_MAX)?,
+            index_head: Head::parse(&head, index.bytes)?,
+            index,
             packs,
         })
     }

@@ -34,17 +34,47 @@ pub struct ImageMetrics {
     pub eio: u64,
     /// Bytes pushed into the page cache before they were asked for.
     pub bytes_pushed: u64,
+    /// First runs of a host that had nothing of their image, which were watched to their end.
+    pub first_runs: u64,
+    /// Those of them that had a boot pack.
+    pub boot_packs_used: u64,
+    /// Bytes that those packs had.
+    pub boot_bytes_had: u64,
+    /// Bytes that those runs read and the packs had not.
+    pub boot_bytes_missed: u64,
+    /// Boot packs recorded where there was none.
+    pub boot_packs_recorded: u64,
+    /// Boot packs made anew because they missed too much.
+    pub boot_packs_renewed: u64,
     /// Age of the oldest read that is not answered yet, in milliseconds.
     pub oldest_unanswered_ms: u64,
 }
 
 impl ImageMetrics {
-    /// Of the bytes that were needed early, the part that the boot pack brought before they were asked for. `None` before any.
+    /// Of what first runs with a boot pack needed, the part that the pack had. What a pack had and nobody needed counts as
+    /// needed, for the kernel does not say. `None` before any such run.
     #[must_use]
     pub fn push_hit_rate(&self) -> Option<f64> {
-        let all = self.bytes_pushed.checked_add(self.bytes_read).filter(|all| *all > 0)?;
+        let all = self.boot_bytes_had.checked_add(self.boot_bytes_missed).filter(|all| *all > 0)?;
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
-        Some(self.bytes_pushed as f64 / all as f64)
+        Some(self.boot_bytes_had as f64 / all as f64)
+    }
+
+    /// Adds another domain's figures; of the oldest read the older one stays.
+    pub fn add(&mut self, other: &Self) {
+        let oldest = self.oldest_unanswered_ms.max(other.oldest_unanswered_ms);
+        self.disk_bytes += other.disk_bytes;
+        self.add_counters(other);
+        self.oldest_unanswered_ms = oldest;
+    }
+
+    /// Every figure with its name, for a page of metrics.
+    #[must_use]
+    pub fn rows(&self) -> Vec<(String, u64)> {
+        let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(self) else {
+            return Vec::new();
+        };
+        fields.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
     }
 }
 
@@ -54,6 +84,12 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: AtomicU64,)*
+        }
+
+        impl ImageMetrics {
+            fn add_counters(&mut self, other: &Self) {
+                $(self.$name += other.$name;)*
+            }
         }
 
         impl Counters {
@@ -67,7 +103,8 @@ macro_rules! counters {
 
 counters! {
     bytes_fetched, gets, gets_hedged, frames_memory, frames_disk, frames_fetched, frames_disk_damaged,
-    disk_write_failures, reads, reads_boot, bytes_read, eio, bytes_pushed,
+    disk_write_failures, reads, reads_boot, bytes_read, eio, bytes_pushed, boot_packs_used,
+    first_runs, boot_bytes_had, boot_bytes_missed, boot_packs_recorded, boot_packs_renewed,
 }
 
 /// Counts one. Nothing is ordered by a counter.

@@ -3,18 +3,19 @@
 //! Callers of the same image wait for one mount. What they get is a list of directories for overlayfs, whatever stands behind
 //! them, so that the box does not know which kind of mount a host has.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use object_store::{ObjectStore, ObjectStoreExt};
+use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 use wire::ImageId;
 
-use crate::lazy_host::{LazyHost, blocking};
+use crate::lazy_host::{DEFAULT_ENTRY, LazyHost, RunEnd, blocking};
 use crate::manifest::ImageConfig;
 use crate::metrics::ImageMetrics;
-use crate::push::BootSummary;
+use crate::push::{BootSummary, FirstRun};
 use crate::store::{DomainStore, ImageError};
 use crate::unpacked::UnpackedHost;
 
@@ -31,6 +32,67 @@ pub struct MountConfig {
     pub store: Arc<dyn ObjectStore>,
     /// The trust domain whose images are mounted.
     pub domain: String,
+    /// How, where that is not left to the self-check.
+    pub by: MountBy,
+}
+
+/// How images are to be mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MountBy {
+    /// The first of the ways below that works on this host.
+    #[default]
+    Auto,
+    /// Lazily, the metadata mounted as a file: Linux 6.12 and later.
+    File,
+    /// Lazily, the metadata behind a loop device.
+    Loop,
+    /// Unpacked once a host.
+    Unpack,
+}
+
+/// What is run of an image, as far as images care: who runs the same reads the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// Names the boot pack: see [`Run::of`].
+    entry: String,
+    /// A boot pack may be written if this host is the first to run it, or if the one that is there misses much.
+    record: bool,
+}
+
+impl Run {
+    /// The run of a command; none means the image's own.
+    #[must_use]
+    pub fn of(command: &[String], record: bool) -> Self {
+        let entry = if command.is_empty() {
+            DEFAULT_ENTRY.to_owned()
+        } else {
+            let mut hasher = blake3::Hasher::new();
+            for word in command {
+                hasher.update(&(word.len() as u64).to_le_bytes()).update(word.as_bytes());
+            }
+            format!("run-{}", crate::id::to_hex(&hasher.finalize().as_bytes()[..8]))
+        };
+        Self { entry, record }
+    }
+
+    /// The name of its boot pack.
+    #[must_use]
+    pub fn entry(&self) -> &str {
+        &self.entry
+    }
+}
+
+/// The first run of an entry on this host. Drop it when the run has ended: until then, and for ten seconds at most, what
+/// it reads is noted.
+pub struct FirstRunGuard {
+    _end: RunEnd,
+}
+
+impl std::fmt::Debug for FirstRunGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FirstRunGuard")
+    }
 }
 
 /// Who serves the objects of lazy images.
@@ -54,6 +116,11 @@ pub enum Serving {
 pub enum MountMode {
     /// Lazily: FUSE objects below EROFS metadata.
     Lazy,
+    /// The same with the metadata behind a loop device, and why.
+    LazyByLoop {
+        /// What was missing for the way before.
+        why: String,
+    },
     /// Unpacked once a host, and why not lazily.
     Unpacked {
         /// What was missing.
@@ -100,6 +167,9 @@ impl MountedImage {
     }
 }
 
+/// Entries that are remembered to have been run; at the bound all are forgotten, and their packs are looked for again.
+const RUNS_MAX: usize = 4_096;
+
 type Slot = Arc<OnceCell<Arc<MountedImage>>>;
 
 enum Host {
@@ -113,6 +183,8 @@ pub struct Mounter {
     host: Host,
     slots: Mutex<HashMap<ImageId, Slot>>,
     mode: MountMode,
+    /// Entries that were run here before.
+    runs: Mutex<HashSet<(ImageId, String)>>,
     /// Tells this host's notes from others'.
     host_note: String,
 }
@@ -152,22 +224,26 @@ impl Mounter {
         })
         .await?;
         let (state, cache, max) = (&config.state_dir, &config.cache_dir, config.cache_bytes_max);
-        let lazy = if serving == Serving::Unpack {
+        let lazy = if serving == Serving::Unpack || config.by == MountBy::Unpack {
             Err("nobody asked for lazy mounts".to_owned())
         } else {
-            crate::self_check::lazy_mounts(state).await
+            crate::self_check::lazy_mounts(state, config.by).await
         };
-        let lazy = match (lazy, &serving) {
-            (Err(why), _) => Err(why),
-            (Ok(()), Serving::Holder { objects }) => {
-                LazyHost::hold(&config, objects).await.map_err(|e| e.to_string())
-            }
-            (Ok(()), _) => {
-                LazyHost::start(at.clone(), state, cache, max).await.map_err(|e| e.to_string())
+        let lazy = match lazy {
+            Err(why) => Err(why),
+            Ok((by, mode)) => {
+                let host = match &serving {
+                    Serving::Holder { objects } => LazyHost::hold(&config, objects, by).await,
+                    _ => LazyHost::start(at.clone(), state, cache, max, by).await,
+                };
+                host.map(|host| (host, mode)).map_err(|e| e.to_string())
             }
         };
         let (host, mode) = match lazy {
-            Ok(host) => (Host::Lazy(host), MountMode::Lazy),
+            Ok((host, mode)) => (Host::Lazy(host), mode),
+            Err(why) if matches!(config.by, MountBy::File | MountBy::Loop) => {
+                return Err(ImageError::host("mount lazily as asked", std::io::Error::other(why)));
+            }
             Err(why) => {
                 tracing::warn!(%why, "images are unpacked on this host");
                 let host = UnpackedHost::start(at.clone(), cache, max).await?;
@@ -175,7 +251,8 @@ impl Mounter {
             }
         };
         let host_note = host_note(&config.state_dir);
-        Ok(Self { at, host, slots: Mutex::default(), mode, host_note })
+        let (slots, runs) = (Mutex::default(), Mutex::default());
+        Ok(Self { at, host, slots, mode, runs, host_note })
     }
 
     /// How images are mounted here, for `volley doctor`.
@@ -203,13 +280,57 @@ impl Mounter {
         self.at.resolve(name_or_id).await
     }
 
-    /// The image, mounted. Mounts it if it is not; many callers of one image cause one mount.
+    /// The image, mounted. Mounts it if it is not; many callers of one image cause one mount. The boot pack of its own
+    /// command is brought.
     ///
     /// # Errors
     /// [`ImageError::NotFound`] when it is not in the domain. After any error nothing is half mounted.
     pub async fn mount(&self, id: ImageId) -> Result<Arc<MountedImage>, ImageError> {
+        Ok(self.mount_to_run(id, &Run::of(&[], false)).await?.0)
+    }
+
+    /// The same for a run. When it is the entry's first here, its boot pack is brought, and there is a guard to drop when
+    /// the run has ended.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn mount_to_run(
+        &self,
+        id: ImageId,
+        run: &Run,
+    ) -> Result<(Arc<MountedImage>, Option<FirstRunGuard>), ImageError> {
+        if let Some(mounted) = self.mounted(id) {
+            return Ok((mounted, self.first_run(id, run)));
+        }
+        let (mounted, cold) = self.mount_slot(id, Some(run)).await?;
+        if !cold {
+            return Ok((mounted, self.first_run(id, run)));
+        }
+        self.note_run(id, run);
+        Ok((mounted, self.guard(id, run)))
+    }
+
+    /// The same for a sandbox that runs already: nothing is brought.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn mount_again(&self, id: ImageId) -> Result<Arc<MountedImage>, ImageError> {
+        Ok(self.mount_slot(id, None).await?.0)
+    }
+
+    /// The image, and whether this call mounted it.
+    async fn mount_slot(
+        &self,
+        id: ImageId,
+        run: Option<&Run>,
+    ) -> Result<(Arc<MountedImage>, bool), ImageError> {
         let slot = self.slots().entry(id).or_default().clone();
-        let mounted = slot.get_or_try_init(|| self.mount_now(id)).await;
+        let mut cold = false;
+        let mount = || {
+            cold = true;
+            self.mount_now(id, run)
+        };
+        let mounted = slot.get_or_try_init(mount).await;
         if mounted.is_err() {
             // Ids that do not exist must not fill the table.
             let mut slots = self.slots();
@@ -217,7 +338,36 @@ impl Mounter {
                 slots.remove(&id);
             }
         }
-        mounted.cloned()
+        Ok((mounted.cloned()?, cold))
+    }
+
+    /// Whether a run's entry is new here; notes that it is not any more.
+    fn note_run(&self, id: ImageId, run: &Run) -> bool {
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        if runs.len() >= RUNS_MAX {
+            runs.clear();
+        }
+        runs.insert((id, run.entry.clone()))
+    }
+
+    /// The first run of an entry of an image that is mounted.
+    fn first_run(&self, id: ImageId, run: &Run) -> Option<FirstRunGuard> {
+        let Host::Lazy(host) = &self.host else { return None };
+        if !self.note_run(id, run) {
+            return None;
+        }
+        host.run(id, told(id, run, false));
+        // What is in the page cache is not asked for, so that nothing is noted that a guard could end.
+        None
+    }
+
+    fn guard(&self, id: ImageId, run: &Run) -> Option<FirstRunGuard> {
+        match &self.host {
+            Host::Lazy(host) => {
+                Some(FirstRunGuard { _end: host.run_end(id.to_string(), run.entry.clone()) })
+            }
+            Host::Unpacked(_) => None,
+        }
     }
 
     /// The image if it is mounted already: this never waits.
@@ -226,25 +376,15 @@ impl Mounter {
         self.slots().get(&id).and_then(|slot| slot.get().cloned())
     }
 
-    /// Brings a boot pack of an image that is mounted, for a command other than the image's own. The image's own is brought
-    /// when it is mounted. Does not wait.
-    pub fn bring(&self, id: ImageId, entry: &str) {
-        if let Host::Lazy(host) = &self.host
-            && crate::boot::is_entry(entry)
-        {
-            host.bring(id, entry);
-        }
-    }
-
     /// Starts to note what is read of all images. Best on a host that has read nothing of the image yet: what is in the page
-    /// cache is not asked for.
+    /// cache is not asked for. Gives the number of the recording.
     ///
     /// # Errors
     /// When the holder's server does not answer.
-    pub async fn record(&self) -> Result<(), ImageError> {
+    pub async fn record(&self) -> Result<u64, ImageError> {
         match &self.host {
             Host::Lazy(host) => host.record().await,
-            Host::Unpacked(_) => Ok(()),
+            Host::Unpacked(_) => Ok(0),
         }
     }
 
@@ -255,12 +395,13 @@ impl Mounter {
     /// [`ImageError::Store`] when it cannot be written; the image is as good as before.
     pub async fn finish_record(
         &self,
+        recording: u64,
         id: ImageId,
         entry: Option<&str>,
     ) -> Result<BootSummary, ImageError> {
         match &self.host {
             Host::Lazy(host) => {
-                host.finish_record(id, entry.unwrap_or(crate::lazy_host::DEFAULT_ENTRY)).await
+                host.finish_record(recording, id, entry.unwrap_or(DEFAULT_ENTRY)).await
             }
             Host::Unpacked(_) => Ok(BootSummary::default()),
         }
@@ -311,11 +452,18 @@ impl Mounter {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn mount_now(&self, id: ImageId) -> Result<Arc<MountedImage>, ImageError> {
-        let manifest = self.at.manifest(id).await?;
-        let layers = match &self.host {
-            Host::Lazy(host) => host.mount(id).await?,
-            Host::Unpacked(host) => host.mount(id, &manifest, &|id| self.keep_if_used(id)).await?,
+    async fn mount_now(
+        &self,
+        id: ImageId,
+        run: Option<&Run>,
+    ) -> Result<Arc<MountedImage>, ImageError> {
+        let (layers, config) = match &self.host {
+            Host::Lazy(host) => host.mount(id, run.map(|run| told(id, run, true))).await?,
+            Host::Unpacked(host) => {
+                let manifest = self.at.manifest(id).await?;
+                let in_use = |id| self.keep_if_used(id);
+                (host.mount(id, &manifest, &in_use).await?, manifest.config)
+            }
         };
         let (at, note) = (self.at.clone(), self.host_note.clone());
         // Beside the mount: nobody waits for a note.
@@ -324,7 +472,7 @@ impl Mounter {
                 tracing::warn!(%error, image = %id, "the store was not told that an image is used");
             }
         });
-        Ok(Arc::new(MountedImage { id, config: manifest.config, layers }))
+        Ok(Arc::new(MountedImage { id, config, layers }))
     }
 
     /// Whether somebody holds the image. If not, it is not mounted any more: the caller removes it.
@@ -336,6 +484,11 @@ impl Mounter {
         }
         used
     }
+}
+
+/// What the server is told of a run.
+fn told(id: ImageId, run: &Run, cold: bool) -> FirstRun {
+    FirstRun { image: id.to_string(), entry: run.entry.clone(), cold, record: run.record }
 }
 
 async fn write_note(at: &DomainStore, id: ImageId, host: &str) -> Result<(), ImageError> {

@@ -440,8 +440,9 @@ impl<'a> BlobWriter<'a> {
         if table.len() > TABLE_BYTES_MAX {
             return Err(PrepareError::Format("the metadata of this image is too long".to_owned()));
         }
-        let frame = self.writer.write(self.writer.domain.hash(&table), &table, self.sink)?;
-        Ok(BlobRef { bytes, table: Table::Stored(frame) })
+        let first = frames[0];
+        let table = self.writer.write(self.writer.domain.hash(&table), &table, self.sink)?;
+        Ok(BlobRef { bytes, table: Table::Stored { table, first } })
     }
 
     /// Stored bytes of all frames so far, those that were known included.

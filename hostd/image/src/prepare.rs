@@ -249,6 +249,7 @@ fn build(
     let too_long = || PrepareError::Format("the object index is too long".to_owned());
     blobs.write(&index.encode().ok_or_else(too_long)?)?;
     let index_blob = blobs.end_blob()?;
+    let index_head = index.head().ok_or_else(too_long)?;
     let object_frames: u64 = index.frames.iter().map(|frame| u64::from(frame.stored)).sum();
     totals.stored = object_frames + blobs.stored();
     let (packs, blob_bytes) = blobs.finish()?;
@@ -259,6 +260,7 @@ fn build(
         packs,
         meta,
         index: index_blob,
+        index_head,
     };
     Ok(Built { manifest, new_bytes: object_bytes + blob_bytes, dropped })
 }

@@ -13,13 +13,13 @@ use tokio::sync::OnceCell;
 use wire::ImageId;
 
 use crate::boot::Recorder;
+use crate::brought::{Brought, Cover};
 use crate::frames::Frames;
 use crate::fuse_wire::{Answer, Ask, Attr, Request};
 use crate::id::{Hash, from_hex, hash_from_hex};
 use crate::lazy::{LazyImage, LazyObject};
 use crate::metrics::{ImageMetrics, count, count_bytes};
 use crate::node::{ImageKey, Node, ObjectKey};
-use crate::push::Brought;
 use crate::store::ImageError;
 
 /// An image that may be asked for.
@@ -37,10 +37,16 @@ pub(crate) struct Server {
     objects: Mutex<HashMap<ObjectKey, Arc<LazyObject>>>,
     /// What boot packs brought.
     pub(crate) brought: Brought,
-    /// Reads of a run that is to become a boot pack.
-    recorder: Mutex<Option<Recorder>>,
+    /// Reads of runs that are watched, by the number of the recording.
+    recorders: Mutex<HashMap<u64, Recorder>>,
     /// Requests that wait for storage.
     waiting: Mutex<HashMap<u64, Instant>>,
+}
+
+/// What a node's bytes are fetched from.
+enum Origin<'a> {
+    Meta(&'a LazyImage),
+    Object(&'a LazyObject),
 }
 
 /// Why a request is answered with an error.
@@ -72,7 +78,7 @@ impl Server {
             images: Mutex::default(),
             objects: Mutex::default(),
             brought: Brought::default(),
-            recorder: Mutex::default(),
+            recorders: Mutex::default(),
             waiting: Mutex::default(),
         }
     }
@@ -198,43 +204,103 @@ impl Server {
 
     async fn read(&self, number: u64, at: u64, len: usize) -> Result<Vec<Bytes>, Failure> {
         let node = Node::from_number(number).ok_or(Failure::Absent)?;
-        if let Some(recorder) = &mut *lock(&self.recorder) {
-            recorder.read(node, at, len);
-        }
         let end = |size: u64| at.saturating_add(len as u64).min(size);
         match node {
             Node::Meta(key) => {
                 let image = self.image(key).await?;
                 let end = end(image.manifest.meta.bytes);
-                match self.brought.get(number, at, end) {
-                    Some(parts) => Ok(self.was_brought(parts)),
-                    None => Ok(image.read_meta(at, len).await?),
-                }
+                self.read_from(&Origin::Meta(&image), node, at, end).await
             }
             Node::Object(key) => {
                 let object = self.object(key).await?;
-                match self.brought.get(number, at, end(object.size())) {
-                    Some(parts) => Ok(self.was_brought(parts)),
-                    None => Ok(object.read(at, len).await?),
-                }
+                let end = end(object.size());
+                self.read_from(&Origin::Object(&object), node, at, end).await
             }
             _ => Err(Failure::Kind),
         }
     }
 
-    fn was_brought(&self, parts: Vec<Bytes>) -> Vec<Bytes> {
+    /// Puts an answer together of what a boot pack brought and of what must be fetched.
+    async fn read_from(
+        &self,
+        from: &Origin<'_>,
+        node: Node,
+        at: u64,
+        end: u64,
+    ) -> Result<Vec<Bytes>, Failure> {
+        if at >= end {
+            return Ok(Vec::new());
+        }
+        let covers = self.brought.cover(node.number(), at, end);
+        if let [Cover::Gap { .. }] = covers[..] {
+            return self.fetch(from, node, at, end).await;
+        }
+        let pieces = covers.into_iter().map(|cover| self.piece(from, node, cover));
+        let pieces = futures::future::try_join_all(pieces).await?;
         count(&self.frames.counters.reads_boot);
-        parts
+        Ok(pieces.concat())
     }
 
-    /// Starts to note reads.
-    pub(crate) fn record(&self) {
-        *lock(&self.recorder) = Some(Recorder::default());
+    async fn piece(
+        &self,
+        from: &Origin<'_>,
+        node: Node,
+        cover: Cover,
+    ) -> Result<Vec<Bytes>, Failure> {
+        let (at, end) = match cover {
+            Cover::Here(bytes) => return Ok(vec![bytes]),
+            Cover::Gap { at, end } => return self.fetch(from, node, at, end).await,
+            Cover::Promised { at, end, wait } => {
+                wait.done().await;
+                (at, end)
+            }
+        };
+        let mut out = Vec::new();
+        let mut at = at;
+        // Waited for once: what is still not here is fetched.
+        for cover in self.brought.cover(node.number(), at, end) {
+            match cover {
+                Cover::Here(bytes) => {
+                    at += bytes.len() as u64;
+                    out.push(bytes);
+                }
+                Cover::Gap { end, .. } | Cover::Promised { end, .. } => {
+                    out.extend(self.fetch(from, node, at, end).await?);
+                    at = end;
+                }
+            }
+        }
+        Ok(out)
     }
 
-    /// What was noted since, and no more is.
-    pub(crate) fn recorded(&self) -> Option<Recorder> {
-        lock(&self.recorder).take()
+    async fn fetch(
+        &self,
+        from: &Origin<'_>,
+        node: Node,
+        at: u64,
+        end: u64,
+    ) -> Result<Vec<Bytes>, Failure> {
+        let len = usize::try_from(end - at).unwrap_or(usize::MAX);
+        for recorder in lock(&self.recorders).values_mut() {
+            recorder.read(node, at, len);
+        }
+        match from {
+            Origin::Meta(image) => Ok(image.read_meta(at, len).await?),
+            Origin::Object(object) => Ok(object.read(at, len).await?),
+        }
+    }
+
+    /// Starts to note reads that no boot pack answers; gives the recording's number.
+    pub(crate) fn record(&self) -> u64 {
+        let mut recorders = lock(&self.recorders);
+        let next = recorders.keys().max().map_or(0, |last| last + 1);
+        recorders.insert(next, Recorder::default());
+        next
+    }
+
+    /// What a recording noted, which ends.
+    pub(crate) fn recorded(&self, recording: u64) -> Option<Recorder> {
+        lock(&self.recorders).remove(&recording)
     }
 
     /// Makes an object known of which a boot pack said that an image has it.
@@ -318,7 +384,14 @@ impl Server {
         id: &Hash,
     ) -> Result<Option<Arc<LazyObject>>, Failure> {
         let object_key = ObjectKey::of(id);
-        let known = lock(&self.objects).get(&object_key).cloned();
+        let mut known = lock(&self.objects).get(&object_key).cloned();
+        if known.is_none()
+            && let Some(wait) = self.brought.first_of(Node::Object(object_key).number())
+        {
+            // Comes in a moment, and the index need not be asked.
+            wait.done().await;
+            known = lock(&self.objects).get(&object_key).cloned();
+        }
         if let Some(known) = known {
             // Another id with the same number cannot be told apart by the kernel.
             return if known.id() == id { Ok(Some(known)) } else { Err(Failure::Kind) };

@@ -169,7 +169,7 @@ impl DomainStore {
     ) -> Result<Vec<FrameRef>, ImageError> {
         match &blob.table {
             Table::Inline(frames) => Ok(frames.clone()),
-            Table::Stored(at) => {
+            Table::Stored { table: at, .. } => {
                 let bytes = self.frame(&manifest.packs[at.pack as usize], at).await?;
                 let packs = u32::try_from(manifest.packs.len()).unwrap_or(u32::MAX);
                 Ok(parse_table(&bytes, packs, blob.bytes)?)

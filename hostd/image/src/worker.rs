@@ -104,7 +104,8 @@ pub(crate) fn work(
     if let Err(error) = device::raise_readahead(&dirs.fuse) {
         tracing::info!(%error, "reads of large files stay at 128 KiB");
     }
-    let pusher = Arc::new(Pusher { server, device, fuse: dirs.fuse.clone() });
+    let pusher = Pusher::new(server, device, dirs.fuse.clone(), runtime.handle().clone());
+    let pusher = Arc::new(pusher);
     let listener = {
         let _inside = runtime.enter();
         let _ = fs::remove_file(dirs.control());

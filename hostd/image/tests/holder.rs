@@ -7,14 +7,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hostd_image::{Layers, MountConfig, MountMode, Mounter, Serving, Source};
+use hostd_image::far_store::FarStore;
+use hostd_image::{Layers, MountBy, MountConfig, MountMode, Mounter, Serving, Source};
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use rustix::process::{Pid, Signal, kill_process};
-
-#[path = "../examples/image_bench/store.rs"]
-#[allow(dead_code, reason = "shared with an example that uses more of it")]
-mod store;
 
 const FILES: u64 = 100;
 const FILE_BYTES: usize = 300_000;
@@ -22,7 +19,7 @@ const FILE_BYTES: usize = 300_000;
 fn open(url: &str) -> Result<Arc<dyn ObjectStore>, String> {
     let path = url.strip_prefix("far:").ok_or("an unknown store")?;
     let near = LocalFileSystem::new_with_prefix(path).map_err(|e| e.to_string())?;
-    let far = store::FarStore::new(Arc::new(near));
+    let far = FarStore::new(Arc::new(near));
     far.set_distance(Duration::from_millis(150), 0);
     Ok(far)
 }
@@ -69,6 +66,7 @@ impl Place {
             cache_bytes_max: 1 << 30,
             store: self.near.clone(),
             domain: "acme".to_owned(),
+            by: MountBy::Auto,
         };
         let serving = Serving::Holder { objects: self.objects() };
         self.runtime.block_on(Mounter::start_with(config, serving)).unwrap()

@@ -83,6 +83,7 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
     cell.act(now_ms);
     spawn(reconcile(Rc::clone(cell)));
     spawn(tidy(Rc::clone(cell)));
+    spawn(tell(Rc::clone(cell)));
     Ok(())
 }
 
@@ -153,6 +154,16 @@ async fn reconcile(cell: Rc<HostCell>) {
             tracing::error!(local, "a sandbox has no box any more");
             ended(&cell, real, now_ms, local, Exit { code: 137, why: ExitWhy::Lost });
         }
+    }
+}
+
+/// Asks from time to time what the image servers counted.
+async fn tell(cell: Rc<HostCell>) {
+    const EVERY: Duration = Duration::from_secs(3);
+    let Backend::Real(real) = &cell.backend else { return };
+    while !real.stopping.get() {
+        tokio::time::sleep(EVERY).await;
+        real.image_metrics.set(Some(real.images.metrics().await));
     }
 }
 

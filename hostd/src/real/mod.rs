@@ -33,7 +33,7 @@ use crate::{
     clock,
     config::{Config, HostConfig},
     host::{Backend, HostCell},
-    images::Images,
+    images::{ImageSettings, Images},
     journal::{Journal, Left, Row, Stage, Written},
     note::Note,
     runtime::spawn,
@@ -72,6 +72,8 @@ pub(crate) struct Real {
     /// Rows of the journal whose time runs, all the same time.
     forgetting: RefCell<VecDeque<(u64, u64, LaunchId)>>,
     stopping: Cell<bool>,
+    /// What the image servers counted, when it was last asked and not yet published.
+    pub(crate) image_metrics: Cell<Option<hostd_image::ImageMetrics>>,
 }
 
 /// A sandbox's name for the spawner.
@@ -128,7 +130,12 @@ impl Real {
         id: HostId,
     ) -> Result<Self, Fault> {
         let dir = host.state.join("images");
-        let images = Images::open(&config.objects, config.lazy_images, dir, CACHE_BYTES_MAX)?;
+        let settings = ImageSettings {
+            by: config.image_mount,
+            record: config.record_boot_packs,
+            cache_bytes_max: CACHE_BYTES_MAX,
+        };
+        let images = Images::open(&config.objects, dir, settings)?;
         let boxes = boxes_config(config, &host.state, id)?;
         let path = host.state.join("journal");
         let (journal, left) = blocking(move || Journal::open(&path)).await?;
@@ -154,6 +161,7 @@ impl Real {
             awaited: RefCell::default(),
             forgetting: RefCell::default(),
             stopping: Cell::new(false),
+            image_metrics: Cell::new(None),
         })
     }
 
@@ -258,6 +266,7 @@ fn ended(cell: &Rc<HostCell>, real: &Real, now_ms: u64, local: u64, exit: Exit) 
         let note = &sandbox.note;
         note.processes.borrow().end_all(exit);
         note.image.borrow_mut().take();
+        note.first_run.borrow_mut().take();
         row_of(sandbox, &core, Stage::Ended(now_ms, exit))
     };
     real.forget_later(now_ms, local, row.launch_id);

@@ -106,6 +106,7 @@ fn failed(
     let now_ms = clock::now_ms();
     cell.core.borrow_mut().handle_failed(now_ms, note.id.local, fault.clone());
     note.image.borrow_mut().take();
+    note.first_run.borrow_mut().take();
     let past = match fault.code {
         Code::Cancelled => Past::Cancelled,
         _ => Past::Failed(ask.body, fault.clone()),
@@ -145,13 +146,14 @@ async fn attempt(
         return Err(Fault::new(Code::Unsupported, text).into());
     }
     let budget = Duration::from_millis(u64::from(ask.budget_ms));
-    let mounting = real.images.mount(&request.tenant, &request.image);
-    let image = tokio::time::timeout(budget, mounting).await.map_err(|_| {
+    let mounting = real.images.mount(&request.tenant, &request.image, &request.command);
+    let (image, first_run) = tokio::time::timeout(budget, mounting).await.map_err(|_| {
         let text = "the launch's time ran out while its image was being mounted; the mount goes on";
         Fault::new(Code::BudgetSpent, text)
     })??;
     let mounted_ns = clock::now_ns();
     note.image.borrow_mut().replace(std::sync::Arc::clone(&image));
+    *note.first_run.borrow_mut() = first_run;
     // From here to the answer the journal's thread works beside the spawner.
     let row = {
         let core = cell.core.borrow();

@@ -45,7 +45,7 @@ async fn check(root: &Path, dir: &Path) {
     write_meta(&store, &summary, &image).await;
     fs::create_dir(&target).unwrap();
     fsck(&image);
-    kernel::mount_erofs(&image, &target).unwrap();
+    kernel::mount_erofs(&image, &target, kernel::MetaBy::File).unwrap();
     let _mounted = Mounted(&target);
     let want = snapshot_without_bytes(root);
     assert_same(&want, &hide_our_xattrs(snapshot_without_bytes(&target)));
@@ -160,7 +160,7 @@ async fn a_loop_device_serves_older_kernels() {
     let (image, target) = (dir.path().join("meta.erofs"), dir.path().join("mounted"));
     write_meta(&store, &summary, &image).await;
     fs::create_dir(&target).unwrap();
-    if let Err(error) = kernel::mount_erofs_by_loop(&image, &target) {
+    if let Err(error) = kernel::mount_erofs(&image, &target, kernel::MetaBy::Loop) {
         println!("skipped: loop devices do not work here: {error}");
         return;
     }

@@ -11,12 +11,8 @@ use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::lazy_mount::{Overlay, is_lazy};
 use super::support::{make_varied, memory, mounter, noise, prepared, snapshot};
+use crate::far_store::FarStore;
 use crate::{MountedImage, Mounter, Source};
-
-#[path = "../../examples/image_bench/store.rs"]
-mod store;
-
-use store::FarStore;
 
 /// Files of noise, one frame or more each.
 const FILES: u64 = 12;
@@ -151,9 +147,9 @@ async fn a_missing_image_is_not_found_and_leaves_nothing() {
 async fn a_boot_pack_brings_what_the_first_run_read() {
     let Some(bed) = bed().await else { return };
     let id = bed.image.id();
-    bed.mounter.record().await.unwrap();
+    let recording = bed.mounter.record().await.unwrap();
     assert!(bed.read(1).await.is_ok() && bed.read(5).await.is_ok());
-    let made = bed.mounter.finish_record(id, None).await.unwrap();
+    let made = bed.mounter.finish_record(recording, id, None).await.unwrap();
     assert!(made.bytes >= 2 * FILE_BYTES as u64 && made.bytes < 4 * FILE_BYTES as u64, "{made:?}");
 
     // A host that never saw it, on storage that loses every pack but what the metadata needs.

@@ -27,7 +27,7 @@ impl Drop for Overlay<'_> {
 /// A mounter that mounts lazily, or the reason why there is none here.
 pub(super) fn is_lazy(mounter: &Mounter) -> bool {
     match mounter.mode() {
-        MountMode::Lazy => true,
+        MountMode::Lazy | MountMode::LazyByLoop { .. } => true,
         MountMode::Unpacked { why } => {
             assert!(!is_root() || !kernel::has_filesystem("erofs"), "{why}");
             println!("skipped: {why}");

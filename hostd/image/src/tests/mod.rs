@@ -1,5 +1,6 @@
 //! Tests that go through several files of this crate: from a source to what a mount shows.
 
+mod boot_packs;
 mod erofs_kernel;
 mod faults;
 mod hostile;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 
-use crate::{MountConfig, Mounter, Serving, Source, Summary};
+use crate::{MountBy, MountConfig, Mounter, Serving, Source, Summary};
 
 pub(super) fn memory() -> Arc<dyn ObjectStore> {
     Arc::new(InMemory::new())
@@ -31,6 +31,7 @@ pub(super) async fn mounter(store: &Arc<dyn ObjectStore>, dir: &Path, unpack: bo
         cache_bytes_max: 1 << 30,
         store: store.clone(),
         domain: "test".to_owned(),
+        by: MountBy::Auto,
     };
     let serving = if unpack { Serving::Unpack } else { Serving::Inside };
     Mounter::start_with(config, serving).await.unwrap()

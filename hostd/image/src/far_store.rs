@@ -1,6 +1,6 @@
 //! An object store as far away and as broken as one likes: for figures that are honest about storage, and for faults.
 //!
-//! Used by the example beside it and by this crate's tests. One link is shared by all GETs, as a host's network card is.
+//! Used by the image bench and by tests. One link is shared by all GETs, as a host's network card is.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,33 +18,39 @@ use object_store::{
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
+/// Bytes that go over the link at a time.
+const TURN_BYTES: usize = 64 << 10;
+
 /// A store behind a slow link that may fail.
 #[derive(Debug)]
-pub(crate) struct FarStore {
+pub struct FarStore {
     inner: Arc<dyn ObjectStore>,
     /// Time to a GET's first byte.
-    pub(crate) latency_us: AtomicU64,
+    pub latency_us: AtomicU64,
     /// Bytes a second over the link; 0 for no bound.
-    pub(crate) bytes_per_second: AtomicU64,
+    pub bytes_per_second: AtomicU64,
     /// Every GET of a pack fails.
-    pub(crate) fails: AtomicBool,
+    pub fails: AtomicBool,
     /// Every GET of a pack says that there is none.
-    pub(crate) loses: AtomicBool,
+    pub loses: AtomicBool,
     /// Every GET of a pack has a bit flipped in its middle.
-    pub(crate) flips: AtomicBool,
+    pub flips: AtomicBool,
     /// Every GET of a pack ends one byte early.
-    pub(crate) truncates: AtomicBool,
-    /// GETs, and their bytes.
-    pub(crate) gets: AtomicU64,
+    pub truncates: AtomicBool,
+    /// Boot packs end in a silence after their first 64 KiB.
+    pub stalls_boot: AtomicBool,
+    /// GETs.
+    pub gets: AtomicU64,
     /// Bytes of all GETs.
-    pub(crate) bytes: AtomicU64,
+    pub bytes: AtomicU64,
     /// When the link is free again.
     link: Arc<Mutex<Instant>>,
 }
 
 impl FarStore {
     /// `inner` at no distance.
-    pub(crate) fn new(inner: Arc<dyn ObjectStore>) -> Arc<Self> {
+    #[must_use]
+    pub fn new(inner: Arc<dyn ObjectStore>) -> Arc<Self> {
         Arc::new(Self {
             inner,
             latency_us: AtomicU64::new(0),
@@ -53,6 +59,7 @@ impl FarStore {
             loses: AtomicBool::new(false),
             flips: AtomicBool::new(false),
             truncates: AtomicBool::new(false),
+            stalls_boot: AtomicBool::new(false),
             gets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             link: Arc::new(Mutex::new(Instant::now())),
@@ -60,7 +67,7 @@ impl FarStore {
     }
 
     /// Sets the distance.
-    pub(crate) fn set_distance(&self, latency: Duration, bytes_per_second: u64) {
+    pub fn set_distance(&self, latency: Duration, bytes_per_second: u64) {
         let latency = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
         self.latency_us.store(latency, Ordering::Relaxed);
         self.bytes_per_second.store(bytes_per_second, Ordering::Relaxed);
@@ -149,9 +156,10 @@ impl ObjectStore for FarStore {
         let bytes = self.damaged(at, got.bytes().await?);
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let parts: Vec<Bytes> = (0..bytes.len())
-            .step_by(256 << 10)
-            .map(|start| bytes.slice(start..bytes.len().min(start + (256 << 10))))
+            .step_by(TURN_BYTES)
+            .map(|start| bytes.slice(start..bytes.len().min(start + TURN_BYTES)))
             .collect();
+        let stalls = self.stalls_boot.load(Ordering::Relaxed) && at.as_ref().starts_with("boot/");
         let link = self.link.clone();
         let stream = futures::stream::iter(parts).then(move |part| {
             let link = link.clone();
@@ -160,7 +168,12 @@ impl ObjectStore for FarStore {
                 Ok(part)
             }
         });
-        let payload = GetResultPayload::Stream(stream.boxed());
+        let stream = if stalls {
+            stream.take(1).chain(futures::stream::pending()).boxed()
+        } else {
+            stream.boxed()
+        };
+        let payload = GetResultPayload::Stream(stream);
         Ok(GetResult { payload, meta, range, attributes, extensions })
     }
 
