@@ -21,11 +21,12 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("hostd-core", &["wire"]),
     ("hostd-image", &["wire", "wire-net"]),
     ("hostd-sandbox", &["wire"]),
+    ("hostd-egress", &["wire"]),
     ("volley-client", &["wire", "wire-net"]),
     ("heartbeat", &["wire", "wire-net", "heartbeat-core"]),
     // The store itself is heartbeat's: `lookup = "store"` reads capacity there (DESIGN 4.2).
     ("placer", &["wire", "wire-net", "placer-core", "heartbeat"]),
-    ("hostd", &["wire", "wire-net", "hostd-core", "hostd-image", "hostd-sandbox"]),
+    ("hostd", &["wire", "wire-net", "hostd-core", "hostd-image", "hostd-sandbox", "hostd-egress"]),
     ("tests-sim", &["wire", "heartbeat-core", "placer-core", "hostd-core"]),
 ];
 

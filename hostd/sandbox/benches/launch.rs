@@ -92,6 +92,7 @@ fn spec(root: &Path, id: u128) -> ClaimSpec {
         program: Program::new(["/tiny"]),
         hostname: String::new(),
         limits: Limits::default(),
+        network: None,
     }
 }
 

@@ -17,7 +17,7 @@ use crate::msg::{Answer, Ask, Census, Claim, FileResult, Reply, Request, StdioFd
 use crate::packet;
 use crate::spec::{
     ClaimSpec, Event, Executed, Exited, FileAnswer, FileOp, FileStat, LAYERS_MAX, Live, PoolState,
-    Program, Running, SandboxId, Shape, Stats, Stdio,
+    Program, Running, SandboxId, Shape, Stats, Stdio, Tunnel,
 };
 use crate::sys;
 
@@ -139,6 +139,7 @@ impl Spawner {
             program: spec.program,
             hostname: spec.hostname,
             limits: spec.limits,
+            network: spec.network,
             sent_ns: sys::now_ns(),
         };
         let answer = self.send(Ask::Claim(Box::new(claim)), &fds)?;
@@ -235,6 +236,19 @@ impl Spawner {
         match (answer, fds.into_iter().next()) {
             (Answer::Connected, Some(fd)) => Ok(fd),
             (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// The outer end of the network device of a sandbox that has one.
+    ///
+    /// # Errors
+    /// No such sandbox, or one without a network.
+    pub async fn tunnel(&self, id: SandboxId) -> Result<Tunnel, ClaimError> {
+        let (answer, fds) = self.ask(Ask::Tunnel { id }).await?;
+        let mut fds = fds.into_iter();
+        match (answer, fds.next(), fds.next()) {
+            (Answer::Tunnel, Some(device), Some(ended)) => Ok(Tunnel { device, ended }),
+            (other, ..) => Err(unexpected(&other)),
         }
     }
 

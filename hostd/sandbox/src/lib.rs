@@ -28,9 +28,9 @@ pub use error::{ClaimError, Fault, Refusal, StartError};
 pub use inside::ENTRIES_MAX;
 pub use spawner::main_if_asked;
 pub use spec::{
-    ClaimSpec, Config, EXITS_MAX, Event, Executed, ExitStatus, Exited, FileAnswer, FileKind,
-    FileOp, FileStat, LAYERS_MAX, Limits, Live, PoolState, Program, RootSpec, Running, SLOTS_MAX,
-    SandboxId, Shape, Stats, Stdio, Steps, TtySize, UIDS_A_BOX,
+    BoxNetwork, ClaimSpec, Config, EXITS_MAX, Event, Executed, ExitStatus, Exited, FileAnswer,
+    FileKind, FileOp, FileStat, LAYERS_MAX, Limits, Live, PoolState, Program, RootSpec, Running,
+    SLOTS_MAX, SandboxId, Shape, Stats, Stdio, Steps, TtySize, Tunnel, UIDS_A_BOX,
 };
 pub use start::Joined;
 pub use sweep::{Swept, sweep};

@@ -7,12 +7,12 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::error::{Fault, Refusal};
 use crate::spec::{
-    Event, ExitStatus, Exited, FileOp, FileStat, Limits, Live, PoolState, Program, SandboxId,
-    Shape, Stats, Steps,
+    BoxNetwork, Event, ExitStatus, Exited, FileOp, FileStat, Limits, Live, PoolState, Program,
+    SandboxId, Shape, Stats, Steps,
 };
 
 /// Version of everything in this file. A hostd joins only a spawner of its own version.
-pub(crate) const PROTOCOL: u32 = 5;
+pub(crate) const PROTOCOL: u32 = 6;
 
 /// hostd to spawner.
 #[derive(Archive, Serialize, Deserialize, Debug)]
@@ -56,6 +56,10 @@ pub(crate) enum Ask {
         id: SandboxId,
         port: u16,
     },
+    /// Answer carries the box's network device, and its process.
+    Tunnel {
+        id: SandboxId,
+    },
     /// Answer carries the host ends of the main program's stdio.
     Stdio {
         id: SandboxId,
@@ -79,6 +83,7 @@ pub(crate) struct Claim {
     pub(crate) program: Program,
     pub(crate) hostname: String,
     pub(crate) limits: Limits,
+    pub(crate) network: Option<BoxNetwork>,
     pub(crate) sent_ns: u64,
 }
 
@@ -121,6 +126,8 @@ pub(crate) enum Answer {
     File(FileResult),
     /// One descriptor: a connected socket.
     Connected,
+    /// Two descriptors: device, process.
+    Tunnel,
     Done,
     Refused(Refusal),
     Failed(Fault),
@@ -143,11 +150,12 @@ pub(crate) enum ToBox {
     /// The uid map is written: go on parking.
     Mapped,
     /// Descriptors: the root mount, `parts` mounts that it was made from, then stdin, stdout, stderr
-    /// where there is no terminal.
+    /// where there is no terminal; at last, with a network, a node of `/dev/net/tun`.
     Claim {
         program: Program,
         hostname: String,
         limits: Limits,
+        network: Option<BoxNetwork>,
         parts: u32,
     },
     /// Descriptors as above, without the root.
@@ -167,6 +175,9 @@ pub(crate) enum ToBox {
     Connect {
         number: u64,
         port: u16,
+    },
+    Tunnel {
+        number: u64,
     },
 }
 
@@ -205,6 +216,10 @@ pub(crate) enum FromBox {
     Connected {
         number: u64,
     },
+    /// One descriptor: the network device.
+    Tunnel {
+        number: u64,
+    },
     ExecExited {
         number: u64,
         status: ExitStatus,
@@ -230,7 +245,8 @@ impl FromBox {
             | Self::NotDone { number, .. }
             | Self::Signalled { number }
             | Self::File { number, .. }
-            | Self::Connected { number } => Some(*number),
+            | Self::Connected { number }
+            | Self::Tunnel { number } => Some(*number),
             _ => None,
         }
     }

@@ -160,6 +160,31 @@ pub struct ClaimSpec {
     pub hostname: String,
     /// Limits.
     pub limits: Limits,
+    /// A way out of its network namespace; `None`: loopback only, which costs nothing.
+    pub network: Option<BoxNetwork>,
+}
+
+/// The network device of a box that has one: whoever asks for its other end ([`crate::Spawner::tunnel`]) is its whole
+/// network.
+#[derive(Archive, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BoxNetwork {
+    /// The box's address.
+    pub address: [u8; 4],
+    /// Bits of its network.
+    pub prefix_bits: u8,
+    /// Its gateway and name server.
+    pub gateway: [u8; 4],
+    /// Bytes of a packet at most.
+    pub mtu: u32,
+}
+
+/// The outer end of a box's network device.
+#[derive(Debug)]
+pub struct Tunnel {
+    /// The TUN device: one packet a read or write. It does not block.
+    pub device: OwnedFd,
+    /// Readable once the box has ended: close the device then.
+    pub ended: OwnedFd,
 }
 
 /// When each step of a claim was done: nanoseconds of `CLOCK_MONOTONIC` (one clock for all processes

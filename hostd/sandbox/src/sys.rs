@@ -272,6 +272,74 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     }
 }
 
+/// A request about a network interface.
+fn interface_request(name: &[u8]) -> libc::ifreq {
+    // SAFETY: `ifreq` is plain data for which zero bytes are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte less than the field, so that a zero byte ends it.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    request
+}
+
+fn interface_ioctl(fd: &OwnedFd, which: libc::c_ulong, request: &libc::ifreq) -> io::Result<()> {
+    // SAFETY: every `which` of this file takes an `ifreq`, which lives across the call; the kernel may write to its
+    // own part of the union, which nobody reads after.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), which, std::ptr::from_ref(request)) };
+    check(libc::c_long::from(rc)).map(drop)
+}
+
+/// Makes an open `/dev/net/tun` a network device of this name, without a header before packets.
+pub(crate) fn tun_attach(tun: &OwnedFd, name: &[u8]) -> io::Result<()> {
+    let mut request = interface_request(name);
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or(0);
+    interface_ioctl(tun, libc::TUNSETIFF, &request)
+}
+
+fn internet_address(ip: [u8; 4]) -> libc::sockaddr {
+    let mut bytes = [0; 14];
+    bytes[2..6].copy_from_slice(&ip);
+    let family = libc::sa_family_t::try_from(libc::AF_INET).unwrap_or(2);
+    // A `sockaddr_in` as bytes: port, address, padding.
+    libc::sockaddr { sa_family: family, sa_data: bytes.map(|b| libc::c_char::from_ne_bytes([b])) }
+}
+
+/// Gives an interface its address and brings it up.
+pub(crate) fn set_link(
+    socket: &OwnedFd,
+    name: &[u8],
+    address: [u8; 4],
+    prefix_bits: u8,
+    mtu: u32,
+) -> io::Result<()> {
+    let mask = u32::MAX.checked_shl(32 - u32::from(prefix_bits.min(32))).unwrap_or(0);
+    let mut request = interface_request(name);
+    request.ifr_ifru.ifru_addr = internet_address(address);
+    interface_ioctl(socket, libc::SIOCSIFADDR, &request)?;
+    request.ifr_ifru.ifru_netmask = internet_address(mask.to_be_bytes());
+    interface_ioctl(socket, libc::SIOCSIFNETMASK, &request)?;
+    request.ifr_ifru.ifru_mtu = i32::try_from(mtu).unwrap_or(i32::MAX);
+    interface_ioctl(socket, libc::SIOCSIFMTU, &request)?;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap_or(1);
+    interface_ioctl(socket, libc::SIOCSIFFLAGS, &request)
+}
+
+/// Routes everything over a gateway.
+pub(crate) fn add_default_route(socket: &OwnedFd, gateway: [u8; 4]) -> io::Result<()> {
+    // SAFETY: `rtentry` is plain data for which zero bytes are valid: any destination, no device.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = internet_address([0; 4]);
+    route.rt_genmask = internet_address([0; 4]);
+    route.rt_gateway = internet_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: the request takes an `rtentry`, which lives across the call.
+    let rc = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) };
+    check(libc::c_long::from(rc)).map(drop)
+}
+
 /// Leaves the caller's session keyring for an empty one.
 pub(crate) fn new_session_keyring() -> io::Result<()> {
     // SAFETY: a null name asks for an anonymous keyring.

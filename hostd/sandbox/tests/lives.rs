@@ -65,6 +65,7 @@ fn spec(root: &Path, id: u8, line: &str) -> ClaimSpec {
         program: Program { stdin: true, ..Program::new(["sh", "-c", line]) },
         hostname: String::new(),
         limits: Limits::default(),
+        network: None,
     }
 }
 

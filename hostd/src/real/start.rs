@@ -265,6 +265,7 @@ fn spec_of(
         program: program_of(request, image.config())?,
         hostname: String::new(),
         limits,
+        network: None,
     })
 }
 

@@ -7,6 +7,7 @@
 
 mod confine;
 mod files;
+mod network;
 mod park;
 mod run;
 mod serve;
@@ -19,7 +20,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use crate::error::Fault;
 use crate::msg::{FromBox, ToBox};
 use crate::packet;
-use crate::spec::Limits;
+use crate::spec::{BoxNetwork, Limits};
 use crate::sys;
 
 pub(crate) use confine::Filters;
@@ -59,12 +60,12 @@ fn live(setup: Setup<'_>) -> i32 {
         return 0;
     }
     let woken = sys::now_ns();
-    let Some(ToBox::Claim { program, hostname, limits, parts }) =
+    let Some(ToBox::Claim { program, hostname, limits, network, parts }) =
         ToBox::decode(&buffer[..packet.len])
     else {
         return 73;
     };
-    let claim = Claimed { fds: packet.fds, program, hostname, limits, parts, woken };
+    let claim = Claimed { fds: packet.fds, program, hostname, limits, network, parts, woken };
     let started = if packet.cut {
         Err(Fault::Os { what: "take descriptors".into(), errno: libc::EMFILE })
     } else {
@@ -84,17 +85,26 @@ struct Claimed {
     program: crate::spec::Program,
     hostname: String,
     limits: Limits,
+    network: Option<BoxNetwork>,
     parts: u32,
     woken: u64,
 }
 
 fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::Serving, Fault> {
     let mut steps = crate::spec::Steps { woken: claim.woken, ..crate::spec::Steps::default() };
-    let mut fds = claim.fds.into_iter();
+    let mut fds = claim.fds;
+    let tunnel = match &claim.network {
+        Some(network) => {
+            let node = fds.pop().ok_or_else(|| Fault::BoxDied { what: "a network".into() })?;
+            Some(network::make_tunnel(node.as_fd(), network)?)
+        }
+        None => None,
+    };
+    let mut fds = fds.into_iter();
     let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
     let children = sys::signal_fd(libc::SIGCHLD).map_err(|e| Fault::os("signalfd", &e))?;
     let parts: Vec<_> = fds.by_ref().take(claim.parts as usize).collect();
-    swap::swap(root, parts, &claim.hostname, &mut steps)?;
+    swap::swap(root, parts, &claim.hostname, claim.network.as_ref(), &mut steps)?;
     confine::confine(filters)?;
     steps.confined = sys::now_ns();
     let stdio = fds.collect();
@@ -105,7 +115,7 @@ fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::
     drop(started.master);
     // The launch is over: from here on this process is worth no more than the program.
     let _ = sys::schedule_normally(0);
-    Ok(serve::Serving::new(started.pid, children, claim.limits))
+    Ok(serve::Serving::new(started.pid, children, claim.limits, tunnel))
 }
 
 /// Sends a message; one that cannot be sent means that the spawner is gone, which shows on receive.

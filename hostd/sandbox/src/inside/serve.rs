@@ -32,11 +32,18 @@ pub(super) struct Serving {
     children_ready: OwnedFd,
     children: HashMap<i32, Child>,
     limits: Limits,
+    /// The network device, kept for whoever serves it next.
+    tunnel: Option<OwnedFd>,
 }
 
 impl Serving {
-    pub(super) fn new(main: i32, children_ready: OwnedFd, limits: Limits) -> Self {
-        Self { main, children_ready, children: HashMap::new(), limits }
+    pub(super) fn new(
+        main: i32,
+        children_ready: OwnedFd,
+        limits: Limits,
+        tunnel: Option<OwnedFd>,
+    ) -> Self {
+        Self { main, children_ready, children: HashMap::new(), limits, tunnel }
     }
 }
 
@@ -128,6 +135,14 @@ impl Serving {
                 let fd = files::connect(port)?;
                 Ok((FromBox::Connected { number }, Some(fd), None))
             }),
+            ToBox::Tunnel { number } => match &self.tunnel {
+                Some(tunnel) => tell_with(control, &FromBox::Tunnel { number }, &[tunnel.as_fd()]),
+                None => {
+                    let what = "give its network device: it has none".into();
+                    let why = Fault::Os { what, errno: libc::ENODEV };
+                    tell(control, &FromBox::NotDone { number, why });
+                }
+            },
             // Neither comes to a box that runs.
             ToBox::Mapped | ToBox::Claim { .. } => {}
         }

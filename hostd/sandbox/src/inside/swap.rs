@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::error::Fault;
-use crate::spec::Steps;
+use crate::spec::{BoxNetwork, Steps};
 use crate::sys;
 
 fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Fault> {
@@ -29,6 +29,7 @@ pub(super) fn swap(
     root: OwnedFd,
     parts: Vec<OwnedFd>,
     hostname: &str,
+    network: Option<&BoxNetwork>,
     steps: &mut Steps,
 ) -> Result<(), Fault> {
     os("mount root", sys::attach(root.as_fd(), CWD, "/root"))?;
@@ -54,6 +55,9 @@ pub(super) fn swap(
     os("host name", rustix::system::sethostname(hostname.as_bytes()))?;
     // An image without /etc, or with a read-only one, goes without.
     let _ = name_localhost(root.as_fd(), hostname);
+    if let Some(network) = network {
+        super::network::name_server(root.as_fd(), network);
+    }
     steps.pivoted = sys::now_ns();
     Ok(())
 }

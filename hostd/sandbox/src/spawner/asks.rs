@@ -30,6 +30,7 @@ impl Spawning {
             Ask::Connect { id, port } => {
                 self.forward(from, &id, |number| ToBox::Connect { number, port });
             }
+            Ask::Tunnel { id } => self.forward(from, &id, |number| ToBox::Tunnel { number }),
             Ask::Kill { id } => self.kill(from, &id),
             Ask::Freeze { id, frozen } => self.on_box(from, &id, |built| {
                 built.group.freeze(frozen).map_err(|e| Fault::os("freezer", &e))?;
@@ -306,9 +307,15 @@ impl Spawning {
             program: claim.program,
             hostname: claim.hostname,
             limits: claim.limits,
+            network: claim.network,
             parts: u32::try_from(given.len() - 1).unwrap_or(0),
         };
         given.extend(inner);
+        if claim.network.is_some() {
+            let node =
+                super::setup::tun_node().map_err(|e| (Fault::os("/dev/net/tun", &e), true))?;
+            given.push(node);
+        }
         let composed_ns = sys::now_ns();
         built.tell(&message, &given).map_err(|e| (Fault::os("tell the box", &e), true))?;
         built.userns = None;

@@ -175,6 +175,13 @@ impl Spawning {
             FromBox::NotDone { why, .. } => Answer::Failed(why),
             FromBox::Signalled { .. } => Answer::Done,
             FromBox::Connected { .. } if fds.len() == 1 => Answer::Connected,
+            FromBox::Tunnel { .. } if fds.len() == 1 => match built.pidfd.try_clone() {
+                Ok(process) => {
+                    fds.push(process);
+                    Answer::Tunnel
+                }
+                Err(e) => Answer::Failed(Fault::os("copy a descriptor", &e)),
+            },
             FromBox::File { result, .. } => {
                 let wants = matches!(result, FileResult::Open | FileResult::List);
                 if wants != (fds.len() == 1) {

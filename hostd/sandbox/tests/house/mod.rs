@@ -194,6 +194,7 @@ impl Place {
             program,
             hostname: String::new(),
             limits: Limits::default(),
+            network: None,
         }
     }
 
