@@ -1,6 +1,9 @@
 //! Settings of the host daemon. One struct a process; unknown keys are errors.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use hostd_core::{Resources, Shape, Shapes};
 use hostd_image::MountBy;
@@ -41,6 +44,17 @@ impl Engine {
             Self::Tokio => "tokio",
         }
     }
+}
+
+/// Whether launches may ask for a way out of their box.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EgressMode {
+    /// None may: launches that ask are refused.
+    #[default]
+    Off,
+    /// By their rules, within what the operator leaves open.
+    Policy,
 }
 
 /// One size of sandbox. A fleet has four, the same everywhere, in the same order.
@@ -126,6 +140,23 @@ pub struct Config {
     pub hard_ms: u64,
     /// Bytes of output kept a process whose launch did not say.
     pub log_bytes: u64,
+    /// Whether launches may ask for egress.
+    pub egress: EgressMode,
+    /// Ranges that egress may reach although they are private, link-local, loopback or the machine's own. Everything
+    /// public is open to begin with.
+    pub egress_allow: Vec<String>,
+    /// Ranges that egress never reaches.
+    pub egress_deny: Vec<String>,
+    /// Name servers (`ip:port`) for names that egress rules open; empty: the machine's.
+    pub egress_dns: Vec<String>,
+    /// Connections of one sandbox at a time.
+    pub egress_connections: u32,
+    /// Bytes a second of one sandbox, both directions together; zero for no bound.
+    pub egress_bytes_per_s: u64,
+    /// Address on which ports of sandboxes are published; absent: none is.
+    pub publish: Option<IpAddr>,
+    /// Ports of this machine that launches may have, first and last.
+    pub publish_ports: [u16; 2],
     /// End all sandboxes when the daemon stops. Else they run on and the next start takes them up again.
     pub stop_ends_sandboxes: bool,
 }
@@ -158,6 +189,14 @@ impl Default for Config {
             record_boot_packs: true,
             hard_ms: 3_600_000,
             log_bytes: 1 << 20,
+            egress: EgressMode::Off,
+            egress_allow: Vec::new(),
+            egress_deny: Vec::new(),
+            egress_dns: Vec::new(),
+            egress_connections: hostd_egress::CONNECTIONS_DEFAULT,
+            egress_bytes_per_s: 0,
+            publish: None,
+            publish_ports: [30_000, 32_767],
             stop_ends_sandboxes: false,
         }
     }
@@ -205,7 +244,30 @@ impl Config {
         if self.boxes == Boxes::Real && self.pool.iter().sum::<u32>() > self.boxes_max {
             return bad("pool holds more boxes than boxes_max".into());
         }
+        if let Err(error) = self.egress_settings(&[]).check() {
+            return bad(format!("egress: {error}"));
+        }
+        let [first, last] = self.publish_ports;
+        if first == 0 || first > last {
+            return bad(format!(
+                "publish_ports = [{first}, {last}]: write [first, last], from 1 on"
+            ));
+        }
         self.shapes().map(|_| ())
+    }
+
+    /// What the egress worker is told: the operator's settings, and the doors of the fleet that this host knows.
+    #[must_use]
+    pub fn egress_settings(&self, own: &[SocketAddr]) -> hostd_egress::EgressSettings {
+        let doors = self.aggregators.iter().chain(own).chain(&self.ops);
+        hostd_egress::EgressSettings {
+            allow: self.egress_allow.clone(),
+            deny: self.egress_deny.clone(),
+            doors: doors.map(ToString::to_string).collect(),
+            resolvers: self.egress_dns.clone(),
+            connections_max: self.egress_connections,
+            bytes_per_s: self.egress_bytes_per_s,
+        }
     }
 
     /// The shapes.

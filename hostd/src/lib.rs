@@ -12,6 +12,7 @@ mod beats;
 mod calls;
 mod clock;
 pub mod config;
+mod doors;
 mod host;
 mod images;
 mod journal;
@@ -26,18 +27,19 @@ mod run;
 mod runtime;
 mod streams;
 
-pub use config::{Boxes, Config, Engine, HostConfig, ShapeConfig};
+pub use config::{Boxes, Config, EgressMode, Engine, HostConfig, ShapeConfig};
 pub use run::run;
 
 /// Whether this binary can become what [`main_if_asked`] makes of it.
 static ASKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
-/// Becomes a spawner of boxes, or a holder or server of images, if this process was started as one; then it never
+/// Becomes a spawner of boxes, a carrier of their packets, or a holder or server of images, if this process was started as one; then it never
 /// returns. Call it first thing in `main` of every binary that runs hostd with real boxes.
 pub fn main_if_asked() {
     // Set before any thread is started and only read after: relaxed is enough.
     ASKED.store(true, std::sync::atomic::Ordering::Relaxed);
     hostd_sandbox::main_if_asked();
+    hostd_egress::main_if_asked();
     hostd_image::main_if_asked(|url| {
         wire_net::objects::open(url).map_err(|fault| fault.to_string())
     });

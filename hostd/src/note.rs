@@ -13,7 +13,7 @@ use wire::{
     launch::{LaunchReply, LaunchRequest},
 };
 
-use crate::{host::Core, process::Processes};
+use crate::{doors::Doors, host::Core, process::Processes};
 
 /// A value that comes once, and those who wait for it. For one thread.
 #[derive(Debug)]
@@ -70,6 +70,8 @@ pub(crate) struct Note {
     pub(crate) image: RefCell<Option<Arc<MountedImage>>>,
     /// Notes what it reads, if it is the first here to run what it runs.
     pub(crate) first_run: RefCell<Option<FirstRunGuard>>,
+    /// Its ports that are open on the host.
+    pub(crate) doors: RefCell<Doors>,
 }
 
 impl Note {
@@ -83,6 +85,7 @@ impl Note {
             processes: RefCell::default(),
             image: RefCell::default(),
             first_run: RefCell::default(),
+            doors: RefCell::default(),
         }
     }
 
@@ -120,6 +123,6 @@ pub(crate) fn record(core: &Core, note: &Note, now_ms: u64) -> Option<SandboxRec
         age_ms: now_ms.saturating_sub(sandbox.admitted_ms),
         left_ms: sandbox.left_ms(now_ms),
         network: request.network,
-        published: Vec::new(),
+        published: note.doors.borrow().published(),
     })
 }

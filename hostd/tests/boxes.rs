@@ -6,6 +6,7 @@
 
 mod common;
 mod crashes;
+mod network;
 mod place;
 
 use std::time::{Duration, Instant};
@@ -46,6 +47,15 @@ fn main() {
             crashes::a_torn_journal_opens_and_nothing_stays_unowned,
         ),
         ("many_boxes_come_and_go", many_boxes_come_and_go),
+        ("without_egress_nothing_is_reached", network::without_egress_nothing_is_reached),
+        ("egress_reaches_what_is_allowed", network::egress_reaches_what_is_allowed),
+        ("what_the_operator_closes_is_refused", network::what_the_operator_closes_is_refused),
+        ("names_open_what_they_resolve_to", network::names_open_what_they_resolve_to),
+        ("datagrams_pass_by_rule", network::datagrams_pass_by_rule),
+        ("large_transfers_are_whole", network::large_transfers_are_whole),
+        ("connections_and_bandwidth_are_bounded", network::connections_and_bandwidth_are_bounded),
+        ("egress_outlives_hostd_and_its_worker", network::egress_outlives_hostd_and_its_worker),
+        ("published_ports_lead_in", network::published_ports_lead_in),
     ]);
 }
 

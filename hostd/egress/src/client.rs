@@ -56,6 +56,7 @@ pub struct EgressConfig {
 #[derive(Debug)]
 pub struct Egress {
     socket: Mutex<Socket>,
+    settings: EgressSettings,
 }
 
 impl Egress {
@@ -90,15 +91,25 @@ impl Egress {
         let Some(socket) = connect(&config.dir).map_err(EgressError::Gone)? else {
             return Ok(None);
         };
-        let egress =
-            Self { socket: Mutex::new(message::socket(socket).map_err(EgressError::Gone)?) };
-        let hello = Ask::Hello { version: VERSION, settings: config.settings.clone() };
-        match egress.ask(&hello, &[]).await {
-            Ok(Answer::Welcome { version: VERSION, boxes }) => Ok(Some((egress, boxes))),
-            Ok(Answer::Welcome { version, .. }) => Err(EgressError::Version(version)),
-            Ok(other) => Err(unexpected(other)),
+        let socket = Mutex::new(message::socket(socket).map_err(EgressError::Gone)?);
+        let egress = Self { socket, settings: config.settings.clone() };
+        match egress.boxes().await {
+            Ok(boxes) => Ok(Some((egress, boxes))),
             Err(EgressError::Gone(_)) => Ok(None),
             Err(other) => Err(other),
+        }
+    }
+
+    /// The boxes that it carries.
+    ///
+    /// # Errors
+    /// [`EgressError`].
+    pub async fn boxes(&self) -> Result<Vec<BoxId>, EgressError> {
+        let hello = Ask::Hello { version: VERSION, settings: self.settings.clone() };
+        match self.ask(&hello, &[]).await? {
+            Answer::Welcome { version: VERSION, boxes } => Ok(boxes),
+            Answer::Welcome { version, .. } => Err(EgressError::Version(version)),
+            other => Err(unexpected(other)),
         }
     }
 
@@ -106,7 +117,8 @@ impl Egress {
     pub async fn end(dir: &Path) {
         let Ok(Some(socket)) = connect(dir) else { return };
         let Ok(socket) = message::socket(socket) else { return };
-        let _ = Self { socket: Mutex::new(socket) }.ask(&Ask::Shutdown, &[]).await;
+        let settings = EgressSettings::default();
+        let _ = Self { socket: Mutex::new(socket), settings }.ask(&Ask::Shutdown, &[]).await;
     }
 
     /// Has a box's packets carried under these rules, until the box has ended.

@@ -336,6 +336,7 @@ mod tests {
             idle_ms: 6,
             image: ImageId([7; 32]),
             stage,
+            published: vec![(8_080, 80), (8_081, 81)],
             request: vec![8; 100],
         }
     }

@@ -36,11 +36,15 @@ pub(crate) struct Row {
     pub(crate) image: ImageId,
     /// Where it stands.
     pub(crate) stage: Stage,
+    /// Its ports that are open: the host's, its own.
+    pub(crate) published: Vec<(u16, u16)>,
     /// Its request.
     pub(crate) request: Vec<u8>,
 }
 
-const ROW_VERSION: u8 = 1;
+const ROW_VERSION: u8 = 2;
+/// Without published ports.
+const ROW_VERSION_1: u8 = 1;
 const ROW_HEAD: usize = 1 + 16 + 16 + 1 + 8 * 3 + 32 + 1 + 8 + 5;
 
 impl Row {
@@ -63,6 +67,12 @@ impl Row {
         bytes.push(stage);
         bytes.extend_from_slice(&ended_ms.to_le_bytes());
         bytes.extend_from_slice(&exit.frame_bytes());
+        // At most `PUBLISH_MAX`.
+        bytes.push(u8::try_from(self.published.len()).unwrap_or(0));
+        for (host_port, port) in self.published.iter().take(usize::from(u8::MAX)) {
+            bytes.extend_from_slice(&host_port.to_le_bytes());
+            bytes.extend_from_slice(&port.to_le_bytes());
+        }
         bytes.extend_from_slice(&self.request);
         bytes
     }
@@ -70,7 +80,7 @@ impl Row {
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;
         let [version] = take(&mut rest)?;
-        if version != ROW_VERSION {
+        if version != ROW_VERSION && version != ROW_VERSION_1 {
             return None;
         }
         let launch_id = LaunchId(take(&mut rest)?);
@@ -89,6 +99,14 @@ impl Row {
             2 => Stage::Ended(ended_ms, exit),
             _ => return None,
         };
+        let mut published = Vec::new();
+        if version == ROW_VERSION {
+            let [count] = take(&mut rest)?;
+            for _ in 0..count {
+                let host_port = u16::from_le_bytes(take(&mut rest)?);
+                published.push((host_port, u16::from_le_bytes(take(&mut rest)?)));
+            }
+        }
         let request = rest.to_vec();
         Some(Self {
             launch_id,
@@ -99,6 +117,7 @@ impl Row {
             idle_ms,
             image,
             stage,
+            published,
             request,
         })
     }
@@ -164,9 +183,11 @@ mod tests {
             idle_ms: 6,
             image: ImageId([7; 32]),
             stage: Stage::Running,
+            published: vec![(8_080, 80)],
             request: vec![8; 100],
         }
         .to_bytes();
+        assert_eq!(Row::from_bytes(&bytes).unwrap().published, [(8_080, 80)]);
         for cut in 0..ROW_HEAD {
             assert_eq!(Row::from_bytes(&bytes[..cut]), None);
         }

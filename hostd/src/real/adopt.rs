@@ -14,9 +14,10 @@ use wire::{
     launch::{LaunchRequest, Started, Steps},
 };
 
-use super::{Real, box_id, ended, exit_of, listen, sandbox_id, start};
+use super::{Real, box_id, ended, exit_of, listen, sandbox_id, start, ways};
 use crate::{
     clock,
+    doors::{self, Doors},
     host::{Backend, HostCell},
     journal::{Past, Row, Stage},
     note::Note,
@@ -84,6 +85,7 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
     spawn(reconcile(Rc::clone(cell)));
     spawn(tidy(Rc::clone(cell)));
     spawn(tell(Rc::clone(cell)));
+    spawn(ways::keep(Rc::clone(cell)));
     Ok(())
 }
 
@@ -226,5 +228,7 @@ async fn reattach(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, row: &Row) 
             Err(fault) => tracing::warn!(id = %note.id, %fault, "an image in use was not mounted"),
         }
     }
+    *note.doors.borrow_mut() = Doors::bind_again(real.doors, &row.published);
+    doors::serve(cell, note);
     tracing::info!(id = %note.id, "taken up again");
 }

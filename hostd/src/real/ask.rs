@@ -145,6 +145,8 @@ pub(crate) async fn stats(cell: &HostCell, note: &Note) -> Result<Stats, Fault> 
         real.spawner()?.stats(box_id(note.id)).await.map_err(|error| claim_fault(&error))?;
     let request = LaunchRequest::access(&note.request).ok();
     let shape = request.and_then(|request| wire::ShapeId::new(request.shape)).unwrap_or_default();
+    let (egress_in, egress_out) = real.egress_usage(note.id).await;
+    let (doors_in, doors_out) = note.doors.borrow().passed();
     let lost = note.processes.borrow().get(0).map_or(0, |main| main.ring.borrow().lost());
     Ok(Stats {
         cpu_ns: stats.cpu_ns,
@@ -153,8 +155,9 @@ pub(crate) async fn stats(cell: &HostCell, note: &Note) -> Result<Stats, Fault> 
         memory_limit_bytes: cell.defaults.shapes.get(shape).need.memory_bytes,
         pids: stats.pids,
         disk_bytes: stats.disk_bytes,
+        net_in_bytes: egress_in + doors_in,
+        net_out_bytes: egress_out + doors_out,
         log_lost_bytes: lost,
-        ..Stats::default()
     })
 }
 
@@ -285,12 +288,20 @@ fn file_record(stat: FileStat) -> FileRecord {
 /// # Errors
 /// Why there is no connection.
 pub(crate) async fn connect(cell: &HostCell, note: &Note, port: u16) -> Result<Pipe, Fault> {
+    let socket = connect_fd(cell, note, port).await?;
+    Pipe::new(socket).map_err(|error| os_fault("use the connection", &error))
+}
+
+/// The same, as the bare socket.
+///
+/// # Errors
+/// Why there is no connection.
+pub(crate) async fn connect_fd(cell: &HostCell, note: &Note, port: u16) -> Result<OwnedFd, Fault> {
     let spawner = cell.real()?.spawner()?;
-    let socket = spawner.connect(box_id(note.id), port).await.map_err(|error| match &error {
+    spawner.connect(box_id(note.id), port).await.map_err(|error| match &error {
         ClaimError::Failed(fault) if fault.errno() == Some(libc::ECONNREFUSED) => {
             Fault::new(Code::Unreachable, format!("nothing listens on port {port} of the sandbox"))
         }
         other => claim_fault(other),
-    })?;
-    Pipe::new(socket).map_err(|error| os_fault("use the connection", &error))
+    })
 }

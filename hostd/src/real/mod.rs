@@ -7,6 +7,7 @@
 mod adopt;
 mod ask;
 mod start;
+mod ways;
 
 use std::{
     cell::{Cell, RefCell},
@@ -26,12 +27,17 @@ use wire::{
 
 pub(crate) use self::{
     adopt::adopt,
-    ask::{connect, end_input, exec, file, open_read, open_write, os_fault, resize, signal, stats},
+    ask::{
+        connect, connect_fd, end_input, exec, file, open_read, open_write, os_fault, resize,
+        signal, stats,
+    },
     start::start,
 };
+use self::{start::claim_fault, ways::Ways};
 use crate::{
     clock,
-    config::{Config, HostConfig},
+    config::{Config, EgressMode, HostConfig},
+    doors::DoorsConfig,
     host::{Backend, HostCell},
     images::{ImageSettings, Images},
     journal::{Journal, Left, Row, Stage, Written},
@@ -74,6 +80,10 @@ pub(crate) struct Real {
     stopping: Cell<bool>,
     /// What the image servers counted, when it was last asked and not yet published.
     pub(crate) image_metrics: Cell<Option<hostd_image::ImageMetrics>>,
+    /// Ways out of boxes.
+    ways: Ways,
+    /// Where ports are published.
+    doors: DoorsConfig,
 }
 
 /// A sandbox's name for the spawner.
@@ -143,6 +153,7 @@ impl Real {
             let boxes = boxes.clone();
             blocking(move || join(&boxes)).await?
         };
+        let ways = open_ways(config, host, &boxes).await?;
         let found = Found {
             left,
             live: joined.live,
@@ -162,6 +173,8 @@ impl Real {
             forgetting: RefCell::default(),
             stopping: Cell::new(false),
             image_metrics: Cell::new(None),
+            ways,
+            doors: DoorsConfig { at: config.publish, ports: config.publish_ports },
         })
     }
 
@@ -180,6 +193,7 @@ impl Real {
         if !end_sandboxes {
             return;
         }
+        self.ways.stop().await;
         if let Ok(spawner) = self.spawner() {
             let shut = spawner.shutdown(true);
             if !matches!(tokio::time::timeout(Duration::from_millis(1_500), shut).await, Ok(Ok(())))
@@ -212,6 +226,22 @@ impl Real {
     fn forget_later(&self, now_ms: u64, local: u64, launch_id: LaunchId) {
         self.forgetting.borrow_mut().push_back((now_ms + REMEMBER_MS, local, launch_id));
     }
+}
+
+/// The worker stands beside the spawner, as the user just below the boxes' own.
+async fn open_ways(
+    config: &Config,
+    host: &HostConfig,
+    boxes: &hostd_sandbox::Config,
+) -> Result<Ways, Fault> {
+    let dir = host.state.join("egress");
+    let doors: Vec<_> = [host.listen].into_iter().chain(host.advertise).collect();
+    let wanted = (config.egress == EgressMode::Policy).then(|| hostd_egress::EgressConfig {
+        dir: dir.clone(),
+        uid: boxes.uid_base.saturating_sub(1),
+        settings: config.egress_settings(&doors),
+    });
+    Ways::open(dir, wanted).await
 }
 
 fn boxes_config(config: &Config, state: &Path, id: HostId) -> Result<hostd_sandbox::Config, Fault> {
@@ -265,6 +295,7 @@ fn ended(cell: &Rc<HostCell>, real: &Real, now_ms: u64, local: u64, exit: Exit) 
         let State::Stopped(exit) = sandbox.state else { return };
         let note = &sandbox.note;
         note.processes.borrow().end_all(exit);
+        note.doors.borrow_mut().close();
         note.image.borrow_mut().take();
         note.first_run.borrow_mut().take();
         row_of(sandbox, &core, Stage::Ended(now_ms, exit))
@@ -287,6 +318,7 @@ fn row_of(sandbox: &Sandbox<Rc<Note>>, core: &crate::host::Core, stage: Stage) -
         idle_ms: sandbox.idle_ms,
         image: image.unwrap_or(wire::ImageId([0; 32])),
         stage,
+        published: note.doors.borrow().ports(),
         request: note.request.to_vec(),
     }
 }

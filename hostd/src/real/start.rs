@@ -11,12 +11,13 @@ use tokio::sync::oneshot;
 use wire::{
     Code, Fault, SandboxId,
     call::MAIN_PROCESS,
-    launch::{LaunchReply, LaunchRequest, Network, Steps},
+    launch::{LaunchReply, LaunchRequest, Steps},
 };
 
 use super::{Real, box_id, ended, row_of};
 use crate::{
     clock,
+    doors::{self, Doors},
     host::{Backend, HostCell},
     journal::{Past, Stage},
     launch::Launch,
@@ -76,6 +77,7 @@ async fn make(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, ask: Ask) -> La
             match started {
                 Ok(started) => {
                     enter_main(cell, note, stdio);
+                    doors::serve(cell, note);
                     // Not waited for: whoever lives says that it ran.
                     drop(real.put_running(cell, local));
                     LaunchReply::Started(started)
@@ -88,6 +90,7 @@ async fn make(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, ask: Ask) -> La
         }
         Err(Outcome::Failed(fault)) => failed(cell, real, note, &ask, fault),
         Err(Outcome::NoBox(code)) => {
+            note.doors.borrow_mut().close();
             drop(real.journal.drop_claim(local, ask.launch_id, None));
             let now_ms = clock::now_ms();
             let mut core = cell.core.borrow_mut();
@@ -107,6 +110,7 @@ fn failed(
     cell.core.borrow_mut().handle_failed(now_ms, note.id.local, fault.clone());
     note.image.borrow_mut().take();
     note.first_run.borrow_mut().take();
+    note.doors.borrow_mut().close();
     let past = match fault.code {
         Code::Cancelled => Past::Cancelled,
         _ => Past::Failed(ask.body, fault.clone()),
@@ -141,9 +145,9 @@ async fn attempt(
     let request = LaunchRequest::from_bytes(&note.request).map_err(|malformed| {
         Fault::new(Code::BadRequest, format!("the request is malformed: {malformed}"))
     })?;
-    if request.network != Network::None {
-        let text = "this host gives sandboxes no network yet: launch with network none";
-        return Err(Fault::new(Code::Unsupported, text).into());
+    let network = real.ways.admit(&request.network)?;
+    if !request.publish.is_empty() {
+        *note.doors.borrow_mut() = Doors::bind(real.doors, &request.publish)?;
     }
     let budget = Duration::from_millis(u64::from(ask.budget_ms));
     let mounting = real.images.mount(&request.tenant, &request.image, &request.command);
@@ -161,11 +165,17 @@ async fn attempt(
     };
     let gone = || Fault::new(Code::Internal, "a claimed sandbox has no record");
     let written = real.journal.put(note.id.local, row.ok_or_else(gone)?);
-    let spec = spec_of(cell, note.id, ask, &request, &image)?;
+    let spec = ClaimSpec { network, ..spec_of(cell, note.id, ask, &request, &image)? };
     let claimed = real.spawner()?.claim(spec).await;
     let running = claimed.map_err(claim_outcome)?;
     if let Err(fault) = written.done().await {
         // What is not in the journal would be killed by the next start: it must not be answered.
+        undo(real, note.id).await;
+        return Err(fault.into());
+    }
+    if network.is_some()
+        && let Err(fault) = real.carry(note.id, &request.network).await
+    {
         undo(real, note.id).await;
         return Err(fault.into());
     }

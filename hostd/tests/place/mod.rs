@@ -25,7 +25,7 @@ use wire_net::stream;
 use crate::common::{Fleet, HOST, block_on, call};
 
 const PROGRAMS: &[&str] =
-    &["sh", "cat", "sleep", "head", "true", "stty", "id", "ls", "echo", "mkdir", "pwd"];
+    &["sh", "cat", "sleep", "head", "true", "stty", "perl", "id", "ls", "echo", "mkdir", "pwd"];
 
 /// Runs the tests, or is the hostd or the spawner of one.
 pub(crate) fn main(tests: &[(&str, fn())]) {
@@ -79,6 +79,11 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// With other settings.
+    pub(crate) fn with(change: impl FnOnce(&mut Config)) -> Self {
         let fleet = Fleet::new();
         let root = fleet.dir.path().join("root");
         make_root(&root);
@@ -90,7 +95,7 @@ impl Place {
             let progress = std::sync::Arc::new(());
             hostd_image::prepare(store, "acme", "img", source, progress).await.unwrap();
         });
-        let config = Config {
+        let mut config = Config {
             boxes: Boxes::Real,
             objects,
             pool: [4, 0, 0, 0],
@@ -98,6 +103,7 @@ impl Place {
             uid_base: Some(0x4000_0000),
             ..fleet.config(HOST)
         };
+        change(&mut config);
         let mut place = Self { fleet, config, hostd: None };
         place.start_hostd();
         place
@@ -183,6 +189,16 @@ impl Place {
             assert!(begun.elapsed() < Duration::from_secs(5), "{there} of {wanted} {name}");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Where this host takes launches.
+    pub(crate) fn listens(&self) -> std::net::SocketAddr {
+        self.config.listen
+    }
+
+    /// Where its state is.
+    pub(crate) fn state(&self) -> &Path {
+        &self.config.state
     }
 
     pub(crate) fn descriptors(&self) -> usize {
@@ -271,7 +287,7 @@ fn groups_left(state: &Path) -> usize {
     walk(Path::new("/sys/fs/cgroup"), &group_name(state), 4)
 }
 
-fn processes(wanted: impl Fn(i32) -> bool) -> Vec<i32> {
+pub(crate) fn processes(wanted: impl Fn(i32) -> bool) -> Vec<i32> {
     let all = fs::read_dir("/proc").unwrap().flatten();
     all.filter_map(|entry| entry.file_name().to_string_lossy().parse::<i32>().ok())
         .filter(|pid| wanted(*pid))
@@ -415,4 +431,16 @@ pub(crate) async fn read_file(
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Says a line to the main program and hears one.
+pub(crate) async fn converse(connection: &Connection, sandbox: SandboxId, word: &str) -> String {
+    let attach = Call::Attach { sandbox, process: 0, offset: 0, follow: true };
+    let (_, mut send, mut recv) =
+        stream::open_on_behalf(connection, "acme", &attach).await.unwrap();
+    let line = format!("{word}\n");
+    stream::write_frame(&mut send, Kind::Stdin, line.as_bytes()).await.unwrap();
+    let mut said = String::new();
+    read_until(&mut recv, &mut said, &format!("{}\n", word.to_uppercase())).await;
+    said.lines().last().unwrap_or_default().to_owned()
 }
