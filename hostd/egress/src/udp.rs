@@ -11,6 +11,7 @@ use std::{
     time::Instant,
 };
 
+use rustix::net::SendFlags;
 use tokio::{io::ReadBuf, net::UdpSocket};
 
 use crate::{
@@ -53,7 +54,8 @@ impl Exchanges {
     pub(crate) fn send(&mut self, flow: &Flow, payload: &[u8]) -> usize {
         let Some(exchange) = self.0.get_mut(flow) else { return 0 };
         exchange.used = Instant::now();
-        exchange.socket.try_send(payload).unwrap_or(0)
+        // Straight to the kernel: tokio knows nothing yet of what a new socket is ready for.
+        rustix::net::send(&exchange.socket, payload, SendFlags::DONTWAIT).unwrap_or(0)
     }
 
     /// Takes what came, at most a few datagrams an exchange.

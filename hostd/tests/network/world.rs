@@ -185,8 +185,10 @@ pub(crate) fn fetch(at: SocketAddr, word: &str) -> Result<String, io::ErrorKind>
     loop {
         match ask() {
             Err(error)
-                if error.kind() == io::ErrorKind::UnexpectedEof
-                    && begun.elapsed() < Duration::from_secs(3) =>
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+                ) && begun.elapsed() < Duration::from_secs(3) =>
             {
                 std::thread::sleep(Duration::from_millis(20));
             }
