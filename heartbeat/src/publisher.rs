@@ -19,11 +19,11 @@ use heartbeat_core::{
     map::{Built, MapBuilder, NewPage},
 };
 use rand::{TryRngCore as _, rngs::OsRng};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use wire::{
     limits::{DEAD_AFTER_INTERVALS, HEARTBEAT_INTERVAL_MS},
-    map::{Digest, Head, MapVersion, PageRef, path},
+    map::{Digest, Head, MapVersion, Page, PageRef, path},
 };
 use wire_net::objects::{
     self, Swap, UpdateVersion,
@@ -68,6 +68,9 @@ pub(crate) struct Publisher {
     pub(crate) publish_ms: u64,
     pub(crate) brake_percent: u64,
     pub(crate) leads: watch::Sender<bool>,
+    /// When the scanner's last complete look at the store began, and how it is asked for one at once.
+    pub(crate) looked_ms: watch::Receiver<u64>,
+    pub(crate) hurry: Arc<Notify>,
     pub(crate) figures: Arc<PublishFigures>,
 }
 
@@ -82,6 +85,8 @@ struct Known {
     looked_ms: u64,
     proposed: Option<(Vec<PageRef>, u64)>,
     retired: BTreeMap<Digest, u64>,
+    /// The version whose hosts were taken.
+    listed: Option<MapVersion>,
 }
 
 impl Publisher {
@@ -118,6 +123,7 @@ impl Publisher {
                 self.read_head(known).await;
                 Duration::ZERO
             }
+            Want::Scan => self.look(known).await,
             Want::Publish => self.propose(known, now_ms).await,
             Want::Put { head, expected } => {
                 self.put(known, &head, expected).await;
@@ -174,6 +180,46 @@ impl Publisher {
                 known.leader.handle_head(now_ms, Err(()));
             }
         }
+    }
+
+    /// Learns of every host before the first publication over another's head: those that the head names, whose pages are
+    /// read once, and all rows of the store. Nothing is published before, however long the store is away.
+    async fn look(&self, known: &mut Known) -> Duration {
+        if known.listed != known.leader.version() {
+            for named in &known.pages {
+                if let Err(error) = self.take_page(named).await {
+                    tracing::warn!(%error, "a page of the map was not read; nothing is published yet");
+                    self.figures.failed.fetch_add(1, Ordering::Relaxed);
+                    return Duration::from_millis(500);
+                }
+            }
+            known.listed = known.leader.version();
+        }
+        if known.leader.handle_scan(*self.looked_ms.borrow()) {
+            return Duration::ZERO;
+        }
+        self.hurry.notify_one();
+        Duration::from_millis(20)
+    }
+
+    async fn take_page(&self, named: &PageRef) -> Result<(), objects::object_store::Error> {
+        let at = Path::from(path::page(&named.digest));
+        let bytes = match self.objects.get(&at).await {
+            Ok(found) => found.bytes().await?,
+            // Waiting does not bring it back. Its hosts are in the store, or speak within an interval.
+            Err(objects::object_store::Error::NotFound { .. }) => {
+                tracing::error!(page = %at, "a page that the map names is gone");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        match Page::parse(&bytes, named) {
+            Ok(page) => self.shards.list(page.hosts()).await,
+            Err(error) => {
+                tracing::error!(page = %at, %error, "a page that the map names is broken")
+            }
+        }
+        Ok(())
     }
 
     async fn propose(&self, known: &mut Known, now_ms: u64) -> Duration {

@@ -236,6 +236,9 @@ impl Thread {
             Ask::Rows(rows) => rows.iter().for_each(|row| {
                 shard.handle_row(now_ms, row);
             }),
+            Ask::Listed(hosts) => hosts.iter().for_each(|(host, addr)| {
+                shard.handle_listed(now_ms, *host, *addr);
+            }),
             Ask::Drains(drains, done) => {
                 shard.handle_drains(drains);
                 let _ = done.send(());

@@ -6,7 +6,7 @@ use heartbeat_core::{
     KeyRing, Shard, feed::Subscriptions, liveness::Liveness, quarantine::Quarantine,
     shard::writes::Batch,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wire::{CapacityWord, Code, Fault, HostId, seal::Role};
 use wire_net::{
@@ -289,6 +289,8 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
     let (shards, tasks, stop) = (&running.shards, &running.tasks, &running.stop);
     let (keys_out, keys_in) = watch::channel(keys);
     let (leads_out, leads_in) = watch::channel(false);
+    let (looked_out, looked_in) = watch::channel(0);
+    let hurry = Arc::new(Notify::new());
     let sources = Sources {
         shards: shards.clone(),
         hub: Arc::new(HubFigures::default()),
@@ -315,7 +317,8 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         figures: Arc::clone(&sources.scan),
         hub: Arc::clone(&sources.hub),
         scan_ms: config.scan_ms,
-        looked_ms: 0,
+        looked_ms: looked_out,
+        hurry: Arc::clone(&hurry),
     };
     tasks.spawn(scanner.run(stop.clone()));
     let mut watcher = Watcher {
@@ -337,6 +340,8 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         publish_ms: config.publish_ms,
         brake_percent: config.brake_percent,
         leads: leads_out,
+        looked_ms: looked_in,
+        hurry,
         figures: Arc::clone(&sources.publish),
     };
     tasks.spawn(publisher.run(stop.clone()));

@@ -18,7 +18,7 @@ use heartbeat_core::{
     liveness::{Liveness, Verdict},
     shard::upkeep::Silent,
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use wire::{Code, Fault, HostId};
 
@@ -51,7 +51,9 @@ pub(crate) struct Scanner {
     pub(crate) hub: Arc<HubFigures>,
     pub(crate) scan_ms: u64,
     /// When the last complete look at the store began.
-    pub(crate) looked_ms: u64,
+    pub(crate) looked_ms: watch::Sender<u64>,
+    /// Somebody waits for a look that begins now.
+    pub(crate) hurry: Arc<Notify>,
 }
 
 /// Reads the whole store into the shards; how many rows there were.
@@ -82,6 +84,7 @@ impl Scanner {
             tokio::select! {
                 () = stop.cancelled() => return,
                 Ok(()) = self.leads.changed() => {}
+                () = self.hurry.notified() => {}
                 () = tokio::time::sleep(Duration::from_millis(pause_ms)) => {}
             }
         }
@@ -101,12 +104,13 @@ impl Scanner {
             }
             self.figures.scan_ms.store(now_ms - began_ms, Ordering::Relaxed);
             if read.is_ok() {
-                self.looked_ms = began_ms;
+                self.looked_ms.send_replace(began_ms);
             }
         } else {
-            self.looked_ms = self.clock.now_ms();
+            self.looked_ms.send_replace(self.clock.now_ms());
         }
-        let census = self.shards.census_of(self.looked_ms).await;
+        let looked_ms = *self.looked_ms.borrow();
+        let census = self.shards.census_of(looked_ms).await;
         let figures = &self.figures;
         self.hub.hosts.store(census.total, Ordering::Relaxed);
         figures.alive.store(census.alive, Ordering::Relaxed);

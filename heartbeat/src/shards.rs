@@ -80,6 +80,8 @@ pub struct Figures {
 /// What a shard is asked.
 pub(crate) enum Ask {
     Rows(Vec<Row>),
+    /// Hosts that the published map names.
+    Listed(Vec<(HostId, HostAddr)>),
     Drains(BTreeMap<HostId, DrainUntil>, oneshot::Sender<()>),
     Quarantine(HostId, bool),
     Suspect(HostId, bool),
@@ -176,6 +178,18 @@ impl Shards {
             for piece in part.chunks(4_096) {
                 self.tell(shard, Ask::Rows(piece.to_vec())).await;
             }
+        }
+    }
+
+    /// Hosts that the published map names, each to its shard.
+    pub(crate) async fn list(&self, hosts: impl Iterator<Item = (HostId, HostAddr)>) {
+        let shards = u32::try_from(self.len()).unwrap_or(1);
+        let mut parts = vec![Vec::new(); self.len()];
+        for (host, addr) in hosts {
+            parts[heartbeat_core::shard::shard_of(host, shards) as usize].push((host, addr));
+        }
+        for (shard, part) in parts.into_iter().enumerate() {
+            self.tell(shard, Ask::Listed(part)).await;
         }
     }
 

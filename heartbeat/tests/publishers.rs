@@ -29,6 +29,7 @@ async fn publish(store: Arc<dyn ObjectStore>, me: u8, believed: Believed, done: 
                 let read = read.as_ref().map(|(head, token)| (head, token.clone()));
                 leader.handle_head(now_ms, Ok(read));
             }
+            Want::Scan => assert!(leader.handle_scan(now_ms)),
             Want::Publish => {
                 nonce += 1;
                 let mut mine = [me; 16];

@@ -8,6 +8,10 @@
 //! its nonce (PROTOCOL 5.4): its own means won; the old head means that the very same bytes are put again, so that it
 //! does not matter which of the two lands; any other means lost.
 //!
+//! Who takes over another's head first learns of every host: all rows of the store, and the hosts that the head itself
+//! names ([`Want::Scan`]). Otherwise the first map of a new leader would leave out whoever spoke to its neighbours only, as
+//! the simulator showed after an outage of the database.
+//!
 //! `T` is whatever the object store needs to name the head that was read (an ETag).
 
 use wire::map::{FORMAT, Head, MapVersion, PageRef};
@@ -25,6 +29,8 @@ pub enum Want<T> {
     Lease,
     /// Read the head; then [`Leader::handle_head`].
     Head,
+    /// Take the hosts of the head that was read and of all the store's rows; then [`Leader::handle_scan`].
+    Scan,
     /// Publish if there is anything new ([`Leader::propose`]); else ask again later.
     Publish,
     /// Put this head in place of `expected` (`None`: there is none yet); then [`Leader::handle_put`].
@@ -54,6 +60,10 @@ struct Base<T> {
     version: MapVersion,
     token: Option<T>,
     mine: bool,
+    /// When it was read.
+    read_ms: u64,
+    /// All hosts were looked for since.
+    scanned: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -125,7 +135,8 @@ impl<T: Clone> Leader<T> {
             }
             _ if !self.leads(now_ms) => Want::Wait(self.lease_ask_ms),
             Phase::Blind => Want::Head,
-            Phase::Ready(_) => Want::Publish,
+            Phase::Ready(base) if base.scanned => Want::Publish,
+            Phase::Ready(_) => Want::Scan,
         }
     }
 
@@ -166,26 +177,37 @@ impl<T: Clone> Leader<T> {
             version: found.as_ref().map_or(MapVersion::default(), |(head, _)| head.version),
             token: found.as_ref().map(|(_, token)| token.clone()),
             mine: false,
+            read_ms: now_ms,
+            scanned: false,
         };
+        let as_old = |old: Base<T>| Base { mine: old.mine, scanned: old.scanned, ..base.clone() };
         self.phase = match phase {
             Phase::Checking(_, ours) if found.is_some_and(|(head, _)| head.nonce == ours.nonce) => {
                 self.succeed();
-                Phase::Ready(Base { mine: true, ..base })
+                Phase::Ready(Base { mine: true, scanned: true, ..base })
             }
             // Not landed: the same bytes again, against the same head.
             Phase::Checking(old, ours) if old.version == base.version => {
                 self.back_off(now_ms);
-                Phase::Putting(Base { mine: old.mine, ..base }, ours)
+                Phase::Putting(as_old(old), ours)
             }
             Phase::Checking(..) => {
                 self.lose(now_ms);
                 Phase::Ready(base)
             }
             Phase::Ready(old) | Phase::Putting(old, _) if old.version == base.version => {
-                Phase::Ready(Base { mine: old.mine, ..base })
+                Phase::Ready(as_old(old))
             }
             _ => Phase::Ready(base),
         };
+    }
+
+    /// A look for all hosts that began at `began_ms` is complete: the hosts of the head that was read, and all rows.
+    /// Returns whether that was late enough.
+    pub fn handle_scan(&mut self, began_ms: u64) -> bool {
+        let Phase::Ready(base) = &mut self.phase else { return false };
+        base.scanned |= began_ms >= base.read_ms;
+        base.scanned
     }
 
     /// Makes the next head of `pages`, to be put at the next poll. Nothing unless the last want was to publish.
@@ -215,7 +237,13 @@ impl<T: Clone> Leader<T> {
         match put {
             Put::Won(token) => {
                 let version = head.version;
-                self.phase = Phase::Ready(Base { version, token: Some(token), mine: true });
+                self.phase = Phase::Ready(Base {
+                    version,
+                    token: Some(token),
+                    mine: true,
+                    read_ms: now_ms,
+                    scanned: true,
+                });
                 self.succeed();
                 Some(version)
             }

@@ -6,7 +6,8 @@
 use wire::{
     CapacityWord, HostId, Incarnation, Seq,
     heartbeat::Heartbeat,
-    limits::{HEARTBEAT_INTERVAL_MS_RANGE, REPLAY_WINDOW, SHAPES_MAX},
+    limits::{HEARTBEAT_INTERVAL_MS, HEARTBEAT_INTERVAL_MS_RANGE, REPLAY_WINDOW, SHAPES_MAX},
+    map::HostAddr,
     seal::{KeyEpoch, SenderKey},
 };
 
@@ -15,7 +16,10 @@ use crate::row::Row;
 /// Times are kept in units of this many milliseconds: 32 bits last two years of uptime.
 const TICK_MS: u64 = 16;
 const INTERVAL_UNIT_MS: u32 = 4;
+/// What is supposed of a host of which only the map is known.
+const LISTED_INTERVAL_MS: u32 = 15_000;
 
+const _: () = assert!(LISTED_INTERVAL_MS as u64 == HEARTBEAT_INTERVAL_MS);
 const _: () = assert!(*HEARTBEAT_INTERVAL_MS_RANGE.end() / 4 < u16::MAX as u64);
 const _: () = assert!(REPLAY_WINDOW == u64::BITS as u64, "the window is one word");
 const _: () = assert!(size_of::<Record>() <= 112);
@@ -184,6 +188,19 @@ impl Record {
         self.set(mark::NO_BOXES, row.no_boxes);
         self.set(mark::FOREIGN, true);
         self.hear(now_ms);
+    }
+
+    /// Takes what a published map says of a host: its address. Any heartbeat and any row is newer.
+    pub(crate) fn take_listed(&mut self, now_ms: u64, addr: HostAddr) {
+        (self.ip, self.port) = (Heartbeat::ip_bytes(addr.ip), addr.port);
+        self.set_interval(LISTED_INTERVAL_MS);
+        self.set(mark::FOREIGN, true);
+        self.hear(now_ms);
+    }
+
+    /// Whether the host has spoken, here or to another: else there is no word of it to pass on, not even its stamp.
+    pub(crate) const fn spoke(&self) -> bool {
+        self.incarnation != 0
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "clamped to 32 bits: two years of uptime")]

@@ -69,6 +69,10 @@ fn step(
             }
             None
         }
+        Want::Scan => {
+            leader.handle_scan(now_ms);
+            None
+        }
         Want::Publish => {
             leader.propose(Vec::new(), 0, rng.random(), now_ms);
             None

@@ -1,21 +1,26 @@
 //! The world: events, network and faults. [`run`] turns [`Options`] into an [`Outcome`].
 //! Longer than 500 lines: one loop over all kinds of events, each of which touches the same world.
 
-use std::{collections::HashMap, rc::Rc};
+use std::collections::HashMap;
 
-use placer_core::{Launch, Step, dispatch::DECAY_US, launch};
+use placer_core::{Launch, MapView, Step, dispatch::DECAY_US, launch};
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::index};
 use wire::{Code, HostId, LaunchId, SandboxId, launch::LaunchReply, report::FailureReport};
 
 use crate::{
-    Micros, Options, Outcome, SECOND, What,
+    Fault, Micros, Options, Outcome, SECOND, What,
     check::{Broken, Rules, Told},
-    control::{Control, MapFile, Words, fleet_key},
+    control::{Aggregator, Noted, Question, Words, fleet_key},
     host::{Act, Caller, SimHost, Trouble},
     placer::{Going, SimPlacer},
     queue::Queue,
     shape,
+    stores::{Answer, MapFile, Stores},
 };
+
+mod service;
+
+use service::Ails;
 
 /// How long a dead connection takes to be noticed, and a dial to a dead port to be given up.
 const NOTICED_US: Micros = SECOND;
@@ -26,11 +31,13 @@ const TICK_US: Micros = 100_000;
 enum Event {
     Arrive { hog: bool },
     Beat(usize),
-    Heartbeat(usize, Vec<u8>),
+    Heartbeat { aggregator: usize, host: usize, bytes: Vec<u8> },
     Directive(usize, Vec<u8>),
     Tick,
     Publish,
-    Scan,
+    Scan(usize),
+    Asked(Question, bool),
+    Answered(Question, Option<Answer>),
     Decay,
     Feed(usize, Words),
     Report(usize, FailureReport),
@@ -42,6 +49,7 @@ enum Event {
     Due(usize),
     Said { host: usize, caller: Caller, what: Said },
     Fault(usize, bool),
+    Cut { host: usize, cut: bool },
     Audit,
 }
 
@@ -56,7 +64,8 @@ enum Said {
 /// What ails the network and the fleet as a whole, now.
 #[derive(Debug)]
 struct Weather {
-    maps: bool,
+    database: Ails,
+    objects: Ails,
     feed: bool,
     outage: bool,
     loss: f64,
@@ -72,7 +81,9 @@ struct World {
     hosts: Vec<SimHost>,
     at: HashMap<HostId, usize>,
     placers: Vec<SimPlacer>,
-    control: Control,
+    service: Vec<Aggregator>,
+    stores: Stores,
+    noted: Noted,
     weather: Weather,
     rules: Rules,
     outcome: Outcome,
@@ -114,9 +125,12 @@ impl World {
                 .map(|at| SimPlacer::new(options, rng.random(), at))
                 .collect(),
             arrivals: SmallRng::seed_from_u64(rng.random()),
-            control: Control::new(),
+            service: (0..options.aggregators).map(Aggregator::new).collect(),
+            stores: Stores::new(options.swaps_blind),
+            noted: Noted::default(),
             weather: Weather {
-                maps: true,
+                database: Ails::default(),
+                objects: Ails::default(),
                 feed: true,
                 outage: false,
                 loss: options.loss,
@@ -150,7 +164,10 @@ impl World {
         self.queue.put(TICK_US, Event::Tick);
         self.queue.put(self.options.map_ms * 1_000, Event::Publish);
         self.queue.put(DECAY_US, Event::Decay);
-        self.put_scan();
+        for aggregator in 0..self.service.len() {
+            let at = self.options.scan_ms * 1_000 + aggregator as u64 * 100_000;
+            self.queue.put(at, Event::Scan(aggregator));
+        }
         self.queue.put(self.begin, Event::Arrive { hog: false });
         self.queue.put(self.begin + SECOND, Event::Audit);
         if self.options.hog > 0.0 {
@@ -159,10 +176,25 @@ impl World {
         for (at, fault) in self.options.faults.clone().iter().enumerate() {
             let drawn = self.draw(fault.what);
             self.outcome.faulty.push(drawn.iter().map(|host| *host as u32).collect());
+            if matches!(fault.what, What::Swizzle(_)) {
+                self.plan_swizzle(fault, &drawn);
+            }
             self.drawn.push(drawn);
             let us = |seconds: f64| self.begin + (seconds * 1e6) as Micros;
             self.queue.put(us(fault.from_s), Event::Fault(at, true));
             self.queue.put(us(fault.to_s), Event::Fault(at, false));
+        }
+    }
+
+    /// Each host is cut off somewhere in the first half, and back somewhere in the second.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "seconds")]
+    fn plan_swizzle(&mut self, fault: &Fault, drawn: &[usize]) {
+        let half_s = (fault.to_s - fault.from_s) / 2.0;
+        for &host in drawn {
+            for (from_s, cut) in [(fault.from_s, true), (fault.from_s + half_s, false)] {
+                let at = ((from_s + self.rng.random_range(0.0..half_s)) * 1e6) as Micros;
+                self.queue.put(self.begin + at, Event::Cut { host, cut });
+            }
         }
     }
 
@@ -178,7 +210,8 @@ impl World {
             | What::Gone(share)
             | What::Full(share)
             | What::HostdDown(share)
-            | What::Partition(share) => share,
+            | What::Partition(share)
+            | What::Swizzle(share) => share,
             What::Lying => 1e-9,
             _ => return Vec::new(),
         };
@@ -207,11 +240,7 @@ impl World {
         match event {
             Event::Arrive { hog } => self.arrive(hog)?,
             Event::Beat(host) => self.beat(host),
-            Event::Heartbeat(host, bytes) => {
-                if let Some(answer) = self.control.heard(self.queue.now(), &bytes) {
-                    self.datagram(|| Event::Directive(host, answer.clone()));
-                }
-            }
+            Event::Heartbeat { aggregator, host, bytes } => self.heard(aggregator, host, &bytes),
             Event::Directive(host, bytes) => {
                 let now = self.queue.now();
                 if self.hosts[host].hostd_up {
@@ -219,11 +248,10 @@ impl World {
                 }
             }
             Event::Tick => self.tick(),
-            Event::Publish => self.publish(),
-            Event::Scan => {
-                self.control.scan(self.queue.now());
-                self.put_scan();
-            }
+            Event::Publish => self.look_for_maps(),
+            Event::Scan(aggregator) => self.scan(aggregator),
+            Event::Asked(question, answers) => self.asked(question, answers)?,
+            Event::Answered(question, answer) => self.answered(question, answer),
             Event::Decay => {
                 let tick = self.queue.now() / DECAY_US;
                 for placer in &self.placers {
@@ -233,15 +261,18 @@ impl World {
             }
             Event::Feed(placer, words) => self.placers[placer].fed(&words),
             Event::Report(placer, report) => {
-                self.control.reported(self.queue.now(), placer as u64, &report);
+                let owner = self.hosts[self.at[&report.host]].owner();
+                let (now, here) = (self.queue.now(), &mut self.service[owner]);
+                if here.awake() {
+                    here.reported(now, placer as u64, &report, &mut self.noted);
+                }
             }
             Event::Map(placer, file) => {
                 if let Some((version, adopted)) = self.placers[placer].adopt(&file) {
                     self.rules.adopted(placer, version)?;
                     if adopted.added > 0 && self.weather.feed {
                         // Words of hosts that it did not know were dropped: it asks for everything.
-                        let at = self.queue.now() + 2 * self.net() + self.options.feed_late_us;
-                        self.queue.put(at, Event::Feed(placer, self.control.everything()));
+                        self.subscribe(placer);
                     }
                 }
             }
@@ -252,6 +283,10 @@ impl World {
             }
             Event::Said { host, caller, what } => self.said(host, caller, what)?,
             Event::Fault(at, begins) => self.fault(at, begins)?,
+            Event::Cut { host, cut } => {
+                let placer = host % self.options.placers;
+                self.hosts[host].trouble.cut_off = cut.then_some(placer);
+            }
             Event::Audit => {
                 let grace = u64::from(self.options.budget_ms) * 1_000 + 15 * SECOND;
                 self.rules.owned(self.queue.now(), grace + self.longest_fault())?;
@@ -327,11 +362,6 @@ impl World {
         }
     }
 
-    fn put_scan(&mut self) {
-        let at = self.queue.now() + self.options.scan_ms * 1_000;
-        self.queue.put(at, Event::Scan);
-    }
-
     fn put_due(&mut self, host: usize) {
         if let Some(at) = self.hosts[host].due_at()
             && at < self.dues[host]
@@ -352,48 +382,12 @@ impl World {
             return;
         }
         let random = self.rng.random();
-        if let Some(bytes) = self.hosts[host].poll_beat(now, random)
+        if let Some((aggregator, bytes)) = self.hosts[host].poll_beat(now, random)
             && !self.hosts[host].trouble.silent
         {
-            self.datagram(|| Event::Heartbeat(host, bytes.clone()));
+            self.datagram(|| Event::Heartbeat { aggregator, host, bytes: bytes.clone() });
         }
         self.put_beat(host, self.hosts[host].beat_at().max(now + 1_000));
-    }
-
-    fn tick(&mut self) {
-        let now = self.queue.now();
-        for words in self.control.tick(now) {
-            for placer in 0..self.placers.len() {
-                if self.weather.feed {
-                    let late = self.options.feed_late_us;
-                    if self.rng.random_bool(1.0 - self.weather.loss) {
-                        let at = now + self.net() + late;
-                        self.queue.put(at, Event::Feed(placer, Rc::clone(&words)));
-                    }
-                }
-            }
-        }
-        self.queue.put(now + TICK_US, Event::Tick);
-    }
-
-    fn publish(&mut self) {
-        let now = self.queue.now();
-        let older = self.control.newest.clone();
-        if self.weather.maps {
-            self.control.publish();
-        }
-        // Now and then an older map is fetched after a newer one, as from a stale cache: it must not be adopted.
-        let stale = self.rng.random_bool(0.1);
-        let file = if stale { older } else { self.control.newest.clone() };
-        if self.weather.maps
-            && let Some(file) = file
-        {
-            for placer in 0..self.placers.len() {
-                let at = now + 10_000 + self.rng.random_range(0..500_000);
-                self.queue.put(at, Event::Map(placer, Rc::clone(&file)));
-            }
-        }
-        self.queue.put(now + self.options.map_ms * 1_000, Event::Publish);
     }
 
     /// Does what a launch wants.
@@ -565,7 +559,14 @@ impl World {
         let what = self.options.faults[at].what;
         let calm = Options::default();
         match what {
-            What::NoMaps => self.weather.maps = !begins,
+            What::NoMaps => self.weather.objects.away = begins,
+            What::NoDatabase => self.weather.database.away = begins,
+            What::Flaky(share) => {
+                let flaky = if begins { share } else { 0.0 };
+                (self.weather.database.flaky, self.weather.objects.flaky) = (flaky, flaky);
+            }
+            What::AggregatorKilled(which) => self.fault_of_service(which, true, begins),
+            What::AggregatorStopped(which) => self.fault_of_service(which, false, begins),
             What::NoFeed => self.weather.feed = !begins,
             What::Outage => self.weather.outage = begins,
             What::Load(times) => self.weather.load = if begins { times } else { 1.0 },
@@ -636,13 +637,21 @@ impl World {
 
     fn finish(mut self) -> Outcome {
         let begin_ms = self.begin / 1_000;
-        for (host, at_ms) in &self.control.quarantined_ms {
+        for (host, at_ms) in &self.noted.quarantined_ms {
             let at = u32::try_from(self.at[host]).unwrap_or(u32::MAX);
             self.outcome.quarantined_ms.insert(at, at_ms.saturating_sub(begin_ms));
         }
-        self.outcome.quarantined_max = self.control.quarantined_max;
-        self.outcome.removed = self.control.removed;
-        self.outcome.braked = self.control.braked;
+        self.outcome.quarantined_max = self.noted.quarantined_max;
+        self.outcome.removed = self.noted.removed;
+        self.outcome.braked = self.noted.braked;
+        let published = self.stores.map(false);
+        let published = published.as_ref().and_then(|file| MapView::open(&file.1[..]).ok());
+        let known =
+            |host: &&SimHost| published.as_ref().is_some_and(|map| map.find(host.id).is_some());
+        let up = self.hosts.iter().filter(|host| host.hostd_up);
+        let missing = up.filter(|host| !known(host)).count();
+        self.outcome.missing = u32::try_from(missing).unwrap_or(u32::MAX);
+        self.outcome.version = published.map(|map| map.version()).unwrap_or_default();
         self.outcome
     }
 }

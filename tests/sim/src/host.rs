@@ -1,6 +1,6 @@
 //! Hosts: hostd-core's host and heartbeat sender, and what is simulated round them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use hostd_core::{
     Admit, Ask, Beat, BeatConfig, Deed, Fate, Host, HostConfig, Resources, Sandbox, Shapes,
@@ -13,6 +13,7 @@ use wire::{
     launch::{LaunchReply, Started, Steps},
     limits::{DATAGRAM_BYTES_MAX, FREE_MAX, SEQ_RESERVE},
     map::HostAddr,
+    rendezvous,
     seal::{FleetKey, Role},
 };
 
@@ -93,6 +94,8 @@ pub struct SimHost {
     start_us: Micros,
     cores: u32,
     life_us: Micros,
+    skew_ms: u64,
+    owner: usize,
 }
 
 fn body(id: LaunchId) -> [u8; 16] {
@@ -112,6 +115,16 @@ fn host_config(options: &Options, id: HostId, slots: u16) -> HostConfig {
     }
 }
 
+const FIRST_PORT: u16 = 7_001;
+
+/// All aggregators in the order of a host's bucket.
+fn aggregators(options: &Options, host: HostId) -> Vec<SocketAddr> {
+    let count = u16::try_from(options.aggregators).unwrap_or(u16::MAX);
+    let all: Vec<SocketAddr> =
+        (0..count).map(|at| ([127, 0, 0, 1], FIRST_PORT + at).into()).collect();
+    rendezvous::ranked(host.bucket(), &all)
+}
+
 fn beat(now_ms: u64, options: &Options, config: &HostConfig, key: &FleetKey, seq: Seq) -> Beat {
     let number = u32::try_from(config.host.0 >> 32).unwrap_or(0);
     Beat::new(
@@ -126,7 +139,7 @@ fn beat(now_ms: u64, options: &Options, config: &HostConfig, key: &FleetKey, seq
             interval_ms: options.beat_ms,
             key_epoch: key.epoch,
             key: key.sender(Role::Host, config.host.0),
-            aggregators: vec![([127, 0, 0, 1], 7_001).into()],
+            aggregators: aggregators(options, config.host),
         },
     )
 }
@@ -136,7 +149,10 @@ impl SimHost {
     #[must_use]
     pub fn new(options: &Options, id: HostId, key: &FleetKey) -> Self {
         let config = host_config(options, id, options.slots);
-        let beat = beat(0, options, &config, key, Seq(id.0 & 0xff_ffff));
+        // Two clocks differ by up to twice what each is off.
+        let skew_ms = (id.0 >> 8) % (options.skew_seconds * 2_000 + 1);
+        let owner = aggregators(options, id).first().copied();
+        let beat = beat(skew_ms, options, &config, key, Seq(id.0 & 0xff_ffff));
         let mut core = Host::new(&config);
         core.set_next_seq(beat.next_seq());
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "seconds")]
@@ -159,6 +175,8 @@ impl SimHost {
             start_us: options.start_us,
             cores: options.cores,
             life_us,
+            skew_ms,
+            owner: owner.map_or(0, |addr| usize::from(addr.port() - FIRST_PORT)),
         }
     }
 
@@ -187,9 +205,9 @@ impl SimHost {
                 hard_ms: 0,
                 idle_ms: 0,
             };
-            if let Admit::Begin(sandbox) = self.core.handle_launch(now / 1_000, &ask, |_| ()) {
+            if let Admit::Begin(sandbox) = self.core.handle_launch(self.ms(now), &ask, |_| ()) {
                 let started =
-                    self.core.handle_started(now / 1_000, sandbox.local, Steps::default());
+                    self.core.handle_started(self.ms(now), sandbox.local, Steps::default());
                 debug_assert!(started.is_ok(), "nobody cancelled it");
             }
         }
@@ -210,35 +228,51 @@ impl SimHost {
     /// When its next heartbeat is due, in us.
     #[must_use]
     pub fn beat_at(&self) -> Micros {
-        self.beat.poll_timeout().saturating_mul(1_000)
+        self.us(self.beat.poll_timeout())
     }
 
     /// When its hostd has something to do, in us.
     #[must_use]
     pub fn due_at(&self) -> Option<Micros> {
-        self.core.poll_timeout().map(|at_ms| at_ms.saturating_mul(1_000))
+        self.core.poll_timeout().map(|at_ms| self.us(at_ms))
     }
 
-    /// The heartbeat that is due.
-    pub fn poll_beat(&mut self, now: Micros, random: u64) -> Option<Vec<u8>> {
+    /// The aggregator that placers report it to.
+    #[must_use]
+    pub const fn owner(&self) -> usize {
+        self.owner
+    }
+
+    /// The time by its own clock, in ms.
+    const fn ms(&self, now: Micros) -> u64 {
+        now / 1_000 + self.skew_ms
+    }
+
+    /// A time of its own clock, in us of everybody's.
+    const fn us(&self, own_ms: u64) -> Micros {
+        own_ms.saturating_sub(self.skew_ms).saturating_mul(1_000)
+    }
+
+    /// The heartbeat that is due, and the aggregator that it goes to.
+    pub fn poll_beat(&mut self, now: Micros, random: u64) -> Option<(usize, Vec<u8>)> {
         if let Some(to) = self.beat.poll_reserve() {
             self.beat.handle_reserved(to);
         }
         let mut out = [0; DATAGRAM_BYTES_MAX];
         let (admission, running) = (self.core.admission(), self.core.running());
-        let sent = self.beat.poll(now / 1_000, random, admission, running, &mut out)?;
+        let sent = self.beat.poll(self.ms(now), random, admission, running, &mut out)?;
         self.core.set_next_seq(self.beat.next_seq());
-        Some(out[..sent.len].to_vec())
+        Some((usize::from(sent.to.port() - FIRST_PORT), out[..sent.len].to_vec()))
     }
 
     /// A directive came.
     pub fn directed(&mut self, now: Micros, bytes: &[u8]) {
         // What it asks beyond the sender's own settings is not part of any fault here.
-        let _ = self.beat.handle_datagram(now / 1_000, bytes);
+        let _ = self.beat.handle_datagram(self.ms(now), bytes);
     }
 
     fn capacity_changed(&mut self, now: Micros) {
-        self.beat.handle_capacity(now / 1_000, self.core.admission());
+        self.beat.handle_capacity(self.ms(now), self.core.admission());
     }
 
     /// A launch came from a placer.
@@ -259,7 +293,7 @@ impl SimHost {
             hard_ms: 3 * self.life_us / 1_000,
             idle_ms: 0,
         };
-        let reply = match self.core.handle_launch(now / 1_000, &ask, |_| ()) {
+        let reply = match self.core.handle_launch(self.ms(now), &ask, |_| ()) {
             Admit::Begin(sandbox) => {
                 self.starting.insert(sandbox.local, id);
                 self.waiting.entry(sandbox.local).or_default().push(caller);
@@ -303,7 +337,7 @@ impl SimHost {
         let result = if self.trouble.black_hole {
             Err(failed("the box could not be made; nothing is left of it"))
         } else {
-            self.core.handle_started(now / 1_000, local, Steps::default())
+            self.core.handle_started(self.ms(now), local, Steps::default())
         };
         let reply = match result {
             Ok(started) => {
@@ -314,7 +348,7 @@ impl SimHost {
                 LaunchReply::Started(started)
             }
             Err(fault) => {
-                self.core.handle_failed(now / 1_000, local, fault.clone());
+                self.core.handle_failed(self.ms(now), local, fault.clone());
                 if !matches!(self.journal.get(&id), Some(Fate::Cancelled)) {
                     self.journal.insert(id, Fate::Failed(Box::new(fault.clone())));
                 }
@@ -339,7 +373,7 @@ impl SimHost {
         acts.push(Act::Gone(id, started.sandbox));
         if self.hostd_up {
             let exit = Exit { code: 0, why: ExitWhy::Returned };
-            self.core.handle_exited(now / 1_000, local, exit);
+            self.core.handle_exited(self.ms(now), local, exit);
             self.answer_cancels(local, acts);
             self.capacity_changed(now);
         }
@@ -347,7 +381,7 @@ impl SimHost {
 
     /// A cancel came.
     pub fn cancel(&mut self, now: Micros, id: LaunchId, caller: Caller, acts: &mut Vec<Act>) {
-        match self.core.handle_cancel(now / 1_000, id) {
+        match self.core.handle_cancel(self.ms(now), id) {
             Cancelled::Done => acts.push(Act::Cancelled(caller)),
             Cancelled::Ending(sandbox) => {
                 self.cancelling.entry(sandbox.local).or_default().push(caller);
@@ -359,13 +393,13 @@ impl SimHost {
 
     /// hostd's time has come.
     pub fn due(&mut self, now: Micros, acts: &mut Vec<Act>) {
-        self.core.handle_timeout(now / 1_000);
+        self.core.handle_timeout(self.ms(now));
         self.deeds(now, acts);
     }
 
     /// A reply reached nobody.
     pub fn undelivered(&mut self, now: Micros, local: u64, budget_ms: u32) {
-        self.core.handle_undelivered(now / 1_000, local, budget_ms);
+        self.core.handle_undelivered(self.ms(now), local, budget_ms);
     }
 
     fn deeds(&mut self, now: Micros, acts: &mut Vec<Act>) {
@@ -398,7 +432,7 @@ impl SimHost {
 
     /// hostd starts: it takes up what lives, and what its journal says.
     pub fn start_hostd(&mut self, now: Micros, options: &Options, key: &FleetKey) {
-        let now_ms = now / 1_000;
+        let now_ms = self.ms(now);
         (self.machine_up, self.hostd_up) = (true, true);
         self.config.incarnation = Incarnation(self.config.incarnation.0 + 1);
         let seq = Seq(self.beat.next_seq().0 + SEQ_RESERVE);

@@ -13,8 +13,8 @@
 //! Measured on two shared cores: `swarm` of 10,000 seeds (1 to 10,000) broke no rule in 45 million launches and 520 million
 //! events, 3.5 minutes of processor time; `scale` took 8.5 s of processor time (26 s on the wall beside other work) and 633 MiB.
 //!
-//! Left out: sockets, stores and threads. The object store is a map that comes late or never; the database is not here
-//! at all, as nothing on the launch path reads it. Memory orderings are loom's business (`placer-core/tests/loom.rs`).
+//! Left out: sockets, the stores' own inside, and threads. Both stores do what they promise at once and in one place; what is
+//! simulated is how questions to them fare: lost, answered to nobody, or carried out long after. Memory orderings are loom's business (`placer-core/tests/loom.rs`).
 #![forbid(unsafe_code)]
 
 pub mod check;
@@ -27,6 +27,7 @@ pub mod outcome;
 pub mod placer;
 pub mod queue;
 pub mod scale;
+pub mod stores;
 pub mod swarm;
 
 pub use fleet::run;

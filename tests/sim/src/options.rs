@@ -15,6 +15,10 @@ pub struct Options {
     pub slots: u16,
     /// Launches that a host starts at once without slowing down.
     pub cores: u32,
+    /// Aggregators; hosts find theirs by rendezvous.
+    pub aggregators: usize,
+    /// Clocks of hosts are off by up to so many seconds.
+    pub skew_seconds: u64,
     /// Placers, each with its own table.
     pub placers: usize,
     /// How launches are carried out.
@@ -51,6 +55,8 @@ pub struct Options {
     pub faults: Vec<Fault>,
     /// A planted bug: cancels are answered and not obeyed. The rules must notice.
     pub cancels_lie: bool,
+    /// A planted bug: the object store swaps whatever head is named. The rules must notice.
+    pub swaps_blind: bool,
     /// Keep each attempt, for shares over time.
     pub trace: bool,
 }
@@ -89,8 +95,18 @@ pub enum What {
     HostdDown(f64),
     /// Hosts and one placer do not reach each other.
     Partition(f64),
-    /// No map is published.
+    /// The object store answers nothing: no map is published and none is read.
     NoMaps,
+    /// The database answers nothing.
+    NoDatabase,
+    /// Questions to both stores end without an outcome, this share of them: not carried out, carried out, or carried out late.
+    Flaky(f64),
+    /// This aggregator (by number, round the number there are) is killed; it starts again at the end.
+    AggregatorKilled(usize),
+    /// This aggregator is stopped; at the end it wakes in the middle of whatever it did.
+    AggregatorStopped(usize),
+    /// Hosts are cut off from one placer one after the other, each for a time of its own.
+    Swizzle(f64),
     /// Placers hear no feed.
     NoFeed,
     /// No placer reaches any host.
@@ -108,6 +124,8 @@ impl Default for Options {
             hosts: 100,
             slots: 64,
             cores: 4,
+            aggregators: 1,
+            skew_seconds: 0,
             placers: 3,
             policy: Policy::default(),
             rate: 200.0,
@@ -126,6 +144,7 @@ impl Default for Options {
             hog: 0.0,
             faults: Vec::new(),
             cancels_lie: false,
+            swaps_blind: false,
             trace: false,
         }
     }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use wire::map::MapVersion;
+
 use crate::Micros;
 
 /// Figures of a run.
@@ -29,6 +31,10 @@ pub struct Outcome {
     pub removed: u64,
     /// Whether the brake was on at some time.
     pub braked: bool,
+    /// Hosts that were up at the end and not in the newest map.
+    pub missing: u32,
+    /// The newest map's version.
+    pub version: MapVersion,
     /// Hosts that were drawn for each fault.
     pub faulty: Vec<Vec<u32>>,
     /// A digest of every event, in order.

@@ -12,7 +12,7 @@ use placer_core::{
 };
 use wire::{CapacityWord, HostId, LaunchId, map::MapVersion, report::FailureReport};
 
-use crate::{Micros, Options, control::MapFile};
+use crate::{Micros, Options, stores::MapFile};
 
 /// A map file as bytes.
 #[derive(Clone, Debug)]

@@ -27,6 +27,8 @@ pub fn options(seed: u64) -> Options {
         hosts,
         slots,
         cores: rng.random_range(1..8),
+        aggregators: rng.random_range(1..4),
+        skew_seconds: if rng.random_bool(0.3) { 600 } else { 0 },
         placers: rng.random_range(1..5),
         policy: Policy { select: Select { choices: rng.random_range(1..4) }, ..Policy::default() },
         rate,
@@ -45,6 +47,7 @@ pub fn options(seed: u64) -> Options {
         hog: 0.0,
         faults,
         cancels_lie: false,
+        swaps_blind: false,
         trace: false,
     };
     options.seconds = options.healed_s() as u64 + HEALED_S + SERVES_S;
@@ -53,7 +56,7 @@ pub fn options(seed: u64) -> Options {
 
 fn fault(rng: &mut SmallRng) -> Fault {
     let share = rng.random_range(0.02..0.5);
-    let what = match rng.random_range(0..12) {
+    let what = match rng.random_range(0..17) {
         0 => What::BlackHole(share),
         1 => What::Gray(share, rng.random_range(3..40)),
         2 => What::PortDead(share),
@@ -65,6 +68,11 @@ fn fault(rng: &mut SmallRng) -> Fault {
         8 => What::NoFeed,
         9 => What::Outage,
         10 => What::Storm(share),
+        11 => What::NoDatabase,
+        12 => What::Flaky(share),
+        13 => What::AggregatorKilled(rng.random_range(0..4)),
+        14 => What::AggregatorStopped(rng.random_range(0..4)),
+        15 => What::Swizzle(share),
         _ => What::Load(rng.random_range(1.0..8.0)),
     };
     let from_s = rng.random_range(0.0..4.0);
@@ -89,6 +97,14 @@ pub fn check_run(options: &Options) -> Result<Outcome, String> {
     let again = || format!("; again: cargo run -p tests-sim --release -- replay {seed}");
     if let Some(broken) = &outcome.broken {
         return Err(format!("seed {seed}: {broken}{}", again()));
+    }
+    if outcome.missing > 0 {
+        return Err(format!(
+            "seed {seed}: healed, {} hosts that live are not in map {:?}{}",
+            outcome.missing,
+            outcome.version,
+            again()
+        ));
     }
     let healed = usize::try_from(options.seconds - SERVES_S).unwrap_or(0);
     let span = outcome.span(healed, usize::MAX);

@@ -1,4 +1,4 @@
-//! FAULTS P1 to P7, P9, P10 and Q7 as runs of the simulator, each with its figure. Run them one by one with `--nocapture` to
+//! FAULTS H8 to H10, M5, M6, D2, P1 to P7, P9, P10 and Q7 as runs of the simulator, each with its figure. Run them one by one with `--nocapture` to
 //! see the figures.
 
 use tests_sim::{Fault, Options, Outcome, What, run};
@@ -223,4 +223,53 @@ fn p7_scans_faster_than_heartbeats_take_nobody() {
     println!("P7, 5 s scans: {} of 100 removed before the brake held", outcome.removed);
     assert!(outcome.braked && outcome.removed == 0, "removed {}", outcome.removed);
     assert!(outcome.success(0, usize::MAX) >= 0.9999);
+}
+
+/// Three aggregators, each of which is killed or stopped for a while, a database that is away for two minutes and an object
+/// store for one: nobody leaves, nobody is missing, nearly all launches start.
+#[test]
+fn h10_m6_d2_aggregators_die_and_stores_go_away() {
+    let faults = vec![
+        fault(5.0, 20.0, What::AggregatorKilled(0)),
+        fault(25.0, 85.0, What::AggregatorStopped(1)),
+        fault(30.0, 150.0, What::NoDatabase),
+        fault(60.0, 75.0, What::AggregatorKilled(2)),
+        fault(160.0, 220.0, What::NoMaps),
+        fault(230.0, 250.0, What::Flaky(0.3)),
+    ];
+    let options = Options {
+        aggregators: 3,
+        seconds: 290,
+        rate: 100.0,
+        scan_ms: 5_000,
+        faults,
+        ..Options::default()
+    };
+    let outcome = go("H10, M6, D2", &options);
+    println!(
+        "removed {}, missing {}, last map {:?}",
+        outcome.removed, outcome.missing, outcome.version
+    );
+    assert_eq!((outcome.removed, outcome.missing), (0, 0));
+    assert!(outcome.success(0, usize::MAX) >= 0.9999, "{}", outcome.success(0, usize::MAX));
+}
+
+/// A third of all datagrams lost, half a second of jitter, some twice, clocks ten minutes apart: nobody is taken for dead.
+#[test]
+fn h8_h9_a_third_lost_and_clocks_apart_kill_nobody() {
+    let faults = vec![fault(0.0, 600.0, What::Storm(0.3))];
+    let options = Options {
+        hosts: 200,
+        aggregators: 2,
+        skew_seconds: 600,
+        rate: 20.0,
+        seconds: 600,
+        scan_ms: 5_000,
+        faults,
+        ..Options::default()
+    };
+    let outcome = go("H8, H9", &options);
+    println!("H8, H9: {} removed in {} host-seconds", outcome.removed, 200 * 600);
+    assert_eq!((outcome.removed, outcome.missing), (0, 0));
+    assert!(outcome.success(0, usize::MAX) >= 0.9999, "{}", outcome.success(0, usize::MAX));
 }

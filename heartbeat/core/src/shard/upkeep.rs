@@ -156,6 +156,18 @@ impl Shard {
         true
     }
 
+    /// Takes a host that the published map names, if nothing is known of it: whoever published it heard of it. It takes no
+    /// work until it is heard here or its row comes, and leaves like any other if it stays silent.
+    pub fn handle_listed(&mut self, now_ms: u64, host: HostId, addr: HostAddr) -> bool {
+        let mine = shard_of(host, self.of) == self.at;
+        if !mine || self.revoked.contains(&host) || self.find(host).is_some() {
+            return false;
+        }
+        let Some(at) = self.register(host) else { return false };
+        self.records[at as usize].take_listed(now_ms, addr);
+        true
+    }
+
     /// Takes all drains that there are. Before the first call none is known, and hosts are left as they are.
     pub fn handle_drains(&mut self, drains: BTreeMap<HostId, DrainUntil>) {
         let old = self.drains.take().unwrap_or_default();
@@ -246,8 +258,10 @@ impl Shard {
         let (host, said) = (record.host, record.said());
         self.dirty -= usize::from(record.is(mark::DIRTY));
         self.index.remove(host, |at| records[at as usize].host);
-        self.gone
-            .push((HostId(host), CapacityWord::new([0; 4], CapacityWord::ABSENT, said.stamp())));
+        if record.spoke() {
+            let absent = CapacityWord::new([0; 4], CapacityWord::ABSENT, said.stamp());
+            self.gone.push((HostId(host), absent));
+        }
         self.records[at as usize] = Record::vacant();
         self.vacant.push(at);
         self.membership += 1;
@@ -340,6 +354,7 @@ impl Shard {
         out: &mut Vec<(HostId, CapacityWord)>,
     ) -> Option<usize> {
         let (records, next) = self.part(cursor, max);
+        let records = records.filter(|record| record.spoke());
         out.extend(records.map(|record| (HostId(record.host), record.said())));
         next
     }

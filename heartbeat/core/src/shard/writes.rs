@@ -51,7 +51,7 @@ impl Shard {
             let record = &mut self.records[at as usize];
             if record.is(mark::NEWS) {
                 record.set(mark::NEWS, false);
-                out.push((HostId(record.host), record.said()));
+                out.extend(record.spoke().then(|| (HostId(record.host), record.said())));
             }
         }
     }
