@@ -1,4 +1,4 @@
-//! `port`: a local TCP port that leads to a port in a sandbox.
+//! `port`: a local TCP port that leads to a port in a sandbox; or where a sandbox's published ports are.
 //!
 //! Each connection is a stream through a placer to the sandbox's host. Left out: any port that is open to others than
 //! this machine unless it is asked for.
@@ -29,7 +29,8 @@ const CONNECTIONS_MAX: usize = 1_024;
 #[command(after_help = "\
 Examples:
   volley port sb-... 8080            127.0.0.1:8080 leads to port 8080 of the sandbox
-  volley port sb-... 9000:8080       127.0.0.1:9000 leads to it")]
+  volley port sb-... 9000:8080       127.0.0.1:9000 leads to it
+  volley port sb-...                 what `run --publish` opened on the host's own address")]
 pub(crate) struct Flags {
     #[command(flatten)]
     client: ClientFlags,
@@ -38,9 +39,9 @@ pub(crate) struct Flags {
     bind: IpAddr,
     /// The sandbox.
     sandbox: SandboxId,
-    /// Port of the sandbox, or LOCAL:PORT; LOCAL 0 takes any that is free.
+    /// Port of the sandbox, or LOCAL:PORT; LOCAL 0 takes any that is free. Without it, published ports are listed.
     #[arg(value_name = "[LOCAL:]PORT", value_parser = ports)]
-    ports: (u16, u16),
+    ports: Option<(u16, u16)>,
 }
 
 fn ports(text: &str) -> Result<(u16, u16), String> {
@@ -58,8 +59,13 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
     session.block(async {
         let sandbox = session.client().sandbox(flags.sandbox);
         // A sandbox that is not there is told now, not with the first connection.
-        sandbox.inspect().await?;
-        let (local, inside) = flags.ports;
+        let record = sandbox.inspect().await?;
+        let Some((local, inside)) = flags.ports else {
+            for open in &record.published {
+                show::print(&format!("{} leads to port {}", open.address, open.port))?;
+            }
+            return Ok(());
+        };
         let local = SocketAddr::new(flags.bind, local);
         let fail = |error| Failure::io(format!("cannot listen on {local}"), &error);
         let listener = TcpListener::bind(local).await.map_err(fail)?;

@@ -7,7 +7,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use clap::Args;
-use volley_client::{LaunchId, LaunchSpec, Limits, Network, Sandbox};
+use volley_client::{LaunchId, LaunchSpec, Limits, Network, Publish, Rule, RuleError, Sandbox};
 use wire::Code;
 
 use crate::{
@@ -30,6 +30,8 @@ Examples:
   volley run --image shell -- sh -c 'id; exit 7'
   volley run -it --image shell -- sh
   volley run -d --image shell --timeout 1h --label job=42 -- sleep 600
+  volley run --image py --egress pypi.org:443 --egress '*.pythonhosted.org:443' -- pip download six
+  volley run -d --image web --egress 10.20.0.0/16:5432 --publish 30080:80 -- serve
   seq 10 | volley run -i --image shell -- sort -rn")]
 pub(crate) struct Flags {
     #[command(flatten)]
@@ -63,10 +65,15 @@ pub(crate) struct Flags {
     label: Vec<(String, String)>,
     #[command(flatten)]
     limits: LimitFlags,
-    /// What it may reach: an address/prefix or a name; `any` for everywhere but the hosts' own network.
-    /// May be repeated; without it just its own loopback.
-    #[arg(long, value_name = "DESTINATION")]
+    /// What it may reach: [tcp:|udp:]WHERE[:PORT[-PORT]], WHERE an address, address/prefix, name, *.name or `any`.
+    /// May be repeated; without it just its own loopback. What a host's operator closes stays closed: private ranges,
+    /// metadata addresses and the host itself, unless opened there.
+    #[arg(long, value_name = "RULE", value_parser = rule)]
     egress: Vec<String>,
+    /// Open a port of it on its host's own address, where the operator allows that. Without HOST_PORT any that is free;
+    /// `volley port ID` says which. May be repeated.
+    #[arg(short, long, value_name = "[HOST_PORT:]PORT", value_parser = published)]
+    publish: Vec<Publish>,
     /// Time within which it must have started.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     budget: Option<Duration>,
@@ -99,6 +106,15 @@ struct LimitFlags {
     /// Open files a process.
     #[arg(long, value_name = "COUNT")]
     open_files: Option<u32>,
+}
+
+/// A rule, checked here so that a slip is told at once; the host checks it again.
+fn rule(text: &str) -> Result<String, RuleError> {
+    text.parse::<Rule>().map(|_| text.to_owned())
+}
+
+fn published(text: &str) -> Result<Publish, RuleError> {
+    text.parse()
 }
 
 /// A shape's index from its name or number.
@@ -159,6 +175,9 @@ impl Flags {
         for (name, value) in &self.label {
             spec = spec.label(name, value);
         }
+        for one in &self.publish {
+            spec = spec.publish(one.host_port, one.port);
+        }
         if let Some(budget) = self.budget {
             spec = spec.budget(budget);
         }
@@ -171,7 +190,6 @@ impl Flags {
     fn network(&self) -> Network {
         match self.egress.as_slice() {
             [] => Network::None,
-            [any] if any == "any" => Network::Egress(Vec::new()),
             list => Network::Egress(list.to_vec()),
         }
     }
@@ -183,6 +201,11 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
     let streams = Streams { stdin: flags.interactive || flags.tty, tty: flags.tty };
     session.block(async {
         let sandbox = session.client().launch(flags.spec()).await?;
+        if !flags.publish.is_empty() {
+            for open in sandbox.inspect().await?.published {
+                eprintln!("volley: {} leads to port {} of the sandbox", open.address, open.port);
+            }
+        }
         if flags.detach {
             show::print(&sandbox.id().to_string())?;
             return Ok(ExitCode::SUCCESS);
@@ -227,6 +250,14 @@ mod tests {
         assert!(size("2X").is_err());
         assert!(size("M").is_err());
         assert!(size("99999999999T").is_err());
+    }
+
+    #[test]
+    fn slips_in_rules_are_told_at_once() {
+        assert_eq!(rule("pypi.org:443"), Ok("pypi.org:443".to_owned()));
+        assert!(rule("10.0.0.0/40").is_err() && rule("a b").is_err() && rule("x:0").is_err());
+        assert_eq!(published("30080:80"), Ok(Publish { port: 80, host_port: 30_080 }));
+        assert!(published("x").is_err());
     }
 
     #[test]

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
-use volley_client::{CallError, Exit, ExitWhy, Sandbox, SandboxId, SandboxRecord, State, Stats};
+use volley_client::{
+    CallError, Exit, ExitWhy, Network, Published, Sandbox, SandboxId, SandboxRecord, State, Stats,
+};
 
 use crate::{
     attach::pair,
@@ -126,6 +128,22 @@ struct Row {
     exit: Option<ExitRow>,
     age_ms: u64,
     left_ms: u64,
+    /// Egress rules; none: no egress.
+    egress: Vec<String>,
+    published: Vec<PublishedRow>,
+}
+
+/// A published port, for programs.
+#[derive(Debug, Serialize)]
+pub(crate) struct PublishedRow {
+    port: u16,
+    address: String,
+}
+
+impl From<Published> for PublishedRow {
+    fn from(one: Published) -> Self {
+        Self { port: one.port, address: one.address }
+    }
 }
 
 /// A process's end, for programs.
@@ -170,6 +188,12 @@ impl From<SandboxRecord> for Row {
             exit,
             age_ms: record.age_ms,
             left_ms: record.left_ms,
+            egress: match record.network {
+                Network::None => Vec::new(),
+                Network::Egress(rules) if rules.is_empty() => vec!["any".to_owned()],
+                Network::Egress(rules) => rules,
+            },
+            published: record.published.into_iter().map(PublishedRow::from).collect(),
         }
     }
 }
@@ -188,6 +212,12 @@ impl Row {
         show::or_dash(&labels.join(","))
     }
 
+    fn ports(&self) -> String {
+        let ports: Vec<_> =
+            self.published.iter().map(|one| format!("{}->{}", one.address, one.port)).collect();
+        show::or_dash(&ports.join(","))
+    }
+
     fn left(&self) -> String {
         let over = self.left_ms == 0 || self.exit.is_some();
         if over { "-".to_owned() } else { show::age(self.left_ms) }
@@ -199,7 +229,7 @@ pub(crate) fn list(flags: &ListFlags) -> Result<(), Failure> {
     let session = Session::open(&flags.client)?;
     let records = session.block(session.client().list(&flags.label, flags.all))?;
     let rows: Vec<_> = records.into_iter().map(Row::from).collect();
-    let heads = ["SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "LABELS", "COMMAND"];
+    let heads = ["SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "LABELS", "PORTS", "COMMAND"];
     show::list(flags.output, &rows, heads, |row| {
         [
             row.sandbox.clone(),
@@ -209,6 +239,7 @@ pub(crate) fn list(flags: &ListFlags) -> Result<(), Failure> {
             show::age(row.age_ms),
             row.left(),
             row.labels(),
+            row.ports(),
             shortened(&row.command.join(" ")),
         ]
     })
@@ -237,6 +268,8 @@ pub(crate) fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
         ("age", show::age(row.age_ms)),
         ("left", row.left()),
         ("labels", row.labels()),
+        ("egress", show::or_dash(&row.egress.join(","))),
+        ("ports", row.ports()),
         ("command", row.command.join(" ")),
     ];
     show::one(flags.output, &row, &pairs)

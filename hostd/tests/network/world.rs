@@ -23,7 +23,7 @@ sub dial { my $s = socket_to(@_); ref $s ? 'open' : $s }
 sub over { my ($s, $word) = @_; syswrite($s, "$word\n") or return ''; sysread($s, my $b, 100) or return ''; chomp $b; $b }
 sub talk { my ($ip, $port, $word) = @_; my $s = socket_to($ip, $port); ref $s ? over($s, $word) : $s }
 sub ask { my ($ip, $port, $word) = @_; socket(my $s, 2, 2, 0); connect($s, at($ip, $port)); syswrite($s, $word);
-  defined(sysread($s, my $b, 100)) ? $b : 0 + $! }
+  my $b; defined(sysread($s, $b, 100)) ? $b : 0 + $! }
 sub name { my $a = gethostbyname($_[0]); defined $a ? join('.', unpack('C4', $a)) : 'none' }
 sub drain { my $s = socket_to(@_); return $s unless ref $s; my ($n, $sum) = (0, 0);
   while (my $l = sysread($s, my $b, 1 << 20)) { $n += $l; $sum = ($sum + unpack('%32C*', $b)) % 4294967296 } ($n, $sum) }

@@ -354,7 +354,10 @@ impl Plan<'_> {
             .number("cpu_millis", CPU_MILLIS)
             .number("memory_bytes", MEMORY_BYTES)
             .text("objects", self.objects)
-            .flag("stop_ends_sandboxes", true);
+            .flag("stop_ends_sandboxes", true)
+            // A fleet of one machine for its own developer: sandboxes may be let out, and their ports onto loopback.
+            .text("egress", "policy")
+            .text("publish", "127.0.0.1");
         match self.wanted.boxes {
             Boxes::Real => settings.text("boxes", "real"),
             Boxes::None => settings.text("boxes", "none").number("noop_ms", 0),
