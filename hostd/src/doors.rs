@@ -22,6 +22,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinHandle,
 };
+use tokio_util::sync::CancellationToken;
 use wire::{
     Code, Fault,
     network::{Publish, Published},
@@ -61,6 +62,8 @@ pub(crate) struct Doors {
     accepting: Vec<JoinHandle<()>>,
     /// Bytes to and from the sandbox.
     passed: Passed,
+    /// Set when the sandbox ends: a connection would keep its network namespace.
+    over: CancellationToken,
 }
 
 /// Counters that the passing thread writes.
@@ -126,6 +129,7 @@ impl Doors {
     pub(crate) fn close(&mut self) {
         self.accepting.drain(..).for_each(|task| task.abort());
         self.bound.clear();
+        self.over.cancel();
     }
 }
 
@@ -191,6 +195,7 @@ pub(crate) fn serve(cell: &Rc<HostCell>, note: &Rc<Note>) {
             port: *port,
             free: Arc::clone(&free),
             passed: doors.passed.clone(),
+            over: doors.over.clone(),
         };
         doors.accepting.push(spawn(way.accept(listener)));
     }
@@ -223,6 +228,7 @@ struct Way {
     port: u16,
     free: Arc<Semaphore>,
     passed: Passed,
+    over: CancellationToken,
 }
 
 impl Way {
@@ -248,7 +254,8 @@ impl Way {
         let Ok(inner) = real::connect_fd(&self.cell, &self.note, self.port).await else { return };
         let Ok(outer) = outer.into_std() else { return };
         let _ = outer.set_nodelay(true);
-        let pair = Pair { outer, inner, passed: self.passed.clone(), permit };
+        let (passed, over) = (self.passed.clone(), self.over.clone());
+        let pair = Pair { outer, inner, passed, over, permit };
         if passer().try_send(pair).is_err() {
             tracing::warn!("a connection to a published port was dropped: too many at once");
         }
@@ -260,6 +267,7 @@ struct Pair {
     outer: std::net::TcpStream,
     inner: OwnedFd,
     passed: Passed,
+    over: CancellationToken,
     permit: OwnedSemaphorePermit,
 }
 
@@ -299,7 +307,10 @@ async fn pass(pair: Pair) -> io::Result<()> {
     let (inner_read, inner_write) = inner.into_split();
     let inward = one_way(outer_read, inner_write, pair.passed.received.clone());
     let outward = one_way(inner_read, outer_write, pair.passed.sent.clone());
-    let _ = tokio::join!(inward, outward);
+    tokio::select! {
+        _ = futures::future::join(inward, outward) => {}
+        () = pair.over.cancelled() => {}
+    }
     drop(pair.permit);
     Ok(())
 }

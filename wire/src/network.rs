@@ -326,6 +326,7 @@ mod tests {
         text.parse().unwrap()
     }
 
+    // PROTOCOL 6.15
     #[test]
     fn rules_are_read_as_people_write_them() {
         let net = |text: &str| Destination::Net(text.parse().unwrap());

@@ -72,6 +72,7 @@ pub(crate) fn without_egress_nothing_is_reached() {
     place.end();
 }
 
+// PROTOCOL 6.16
 pub(crate) fn egress_reaches_what_is_allowed() {
     let world = World::new();
     let (allowed, other, far) = (world.echo(1), world.echo(1), world.echo(2));
@@ -314,6 +315,7 @@ async fn stats(placer: &quinn::Connection, id: wire::SandboxId) -> Stats {
     }
 }
 
+// PROTOCOL 6.17
 pub(crate) fn published_ports_lead_in() {
     let world = World::new();
     let (first, taken) = (world.free_port(1), world.echo(1));

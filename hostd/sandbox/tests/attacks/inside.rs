@@ -333,6 +333,7 @@ fn sockets(host: &Host) {
     }
     let address = UnixAddr::from_abstract_name(host.abstract_name.as_bytes()).unwrap();
     refused("host abstract socket", UnixStream::connect_addr(&address));
+    interfaces();
     for (name, family, kind, protocol) in [
         ("vsock", libc::AF_VSOCK, libc::SOCK_STREAM, 0),
         ("packet", libc::AF_PACKET, libc::SOCK_RAW, 0x0300),
@@ -344,6 +345,68 @@ fn sockets(host: &Host) {
         // SAFETY: takes no pointer.
         let fd = unsafe { libc::socket(family, kind, protocol) };
         door(&format!("socket {name}"), fd < 0, io::Error::last_os_error());
+    }
+}
+
+/// What a box's network device, if it has one, could be turned into; and other devices that could be made.
+fn interfaces() {
+    use std::os::fd::AsRawFd;
+    let first = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    println!("resolver: {}", first.lines().next().unwrap_or("none"));
+    refused("open /dev/net/tun", File::open("/dev/net/tun"));
+    for fd in 0..32 {
+        refused_quietly(
+            &format!("descriptor {fd} of init"),
+            File::open(format!("/proc/1/fd/{fd}")),
+        );
+    }
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    for name in ["eth0", "lo"] {
+        for (what, request) in [
+            ("address", libc::SIOCSIFADDR),
+            ("flags", libc::SIOCSIFFLAGS),
+            ("mtu", libc::SIOCSIFMTU),
+            ("name", libc::SIOCSIFNAME),
+        ] {
+            // SAFETY: `ifreq` is plain data for which zero bytes are valid, and lives across the call.
+            let rc = unsafe {
+                let mut ifreq: libc::ifreq = std::mem::zeroed();
+                for (to, from) in ifreq.ifr_name.iter_mut().zip(name.bytes()) {
+                    *to = libc::c_char::from_ne_bytes([from]);
+                }
+                libc::ioctl(socket.as_raw_fd(), request, &raw mut ifreq)
+            };
+            door(&format!("set {what} of {name}"), rc != 0, io::Error::last_os_error());
+        }
+    }
+    // SAFETY: as above.
+    let rc = unsafe {
+        let mut route: libc::rtentry = std::mem::zeroed();
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw mut route)
+    };
+    door("add a route", rc != 0, io::Error::last_os_error());
+    for (what, level, name) in [
+        ("mark packets", libc::SOL_SOCKET, libc::SO_MARK),
+        ("take any address", libc::SOL_IP, libc::IP_TRANSPARENT),
+    ] {
+        let one = 1_i32;
+        // SAFETY: the option is an int that lives across the call.
+        let rc = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const one).cast(), 4)
+        };
+        door(what, rc != 0, io::Error::last_os_error());
+    }
+    for path in ["ipv4/ip_forward", "ipv4/conf/all/route_localnet", "ipv4/conf/all/rp_filter"] {
+        let path = format!("/proc/sys/net/{path}");
+        refused(&format!("write {path}"), OpenOptions::new().write(true).open(&path));
+    }
+    refused("an address of another", std::net::UdpSocket::bind("198.18.0.1:0"));
+}
+
+/// As [`refused`], for what is tried so often that only an open one is worth a line.
+fn refused_quietly<T: std::fmt::Debug>(name: &str, result: io::Result<T>) {
+    if result.is_ok() {
+        refused(name, result);
     }
 }
 

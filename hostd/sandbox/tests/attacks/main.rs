@@ -15,7 +15,8 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::time::Instant;
 
-use hostd_sandbox::{ClaimError, Limits, Program};
+use hostd_sandbox::{BoxNetwork, ClaimError, ClaimSpec, Limits, Program};
+use rustix::fs::OFlags;
 
 use house::{Place, place, run, wait};
 use inside::Host;
@@ -34,6 +35,7 @@ fn main() {
     }
     run(&[
         ("every_door_is_closed", every_door_is_closed),
+        ("every_door_is_closed_with_a_network", every_door_is_closed_with_a_network),
         ("the_runner_is_not_run_or_read", the_runner_is_not_run_or_read),
         ("a_working_directory_does_not_leak", a_working_directory_does_not_leak),
         ("planted_mount_points", planted_mount_points),
@@ -99,9 +101,18 @@ fn plant(root: &Path) {
 }
 
 fn attack(place: &mut Place) -> (usize, Vec<String>, String) {
+    attack_with(place, None)
+}
+
+fn attack_with(place: &mut Place, network: Option<BoxNetwork>) -> (usize, Vec<String>, String) {
     let bait = Bait::lay(Path::new(place.root.file_name().unwrap()));
     let args = ["probe".to_owned(), "__attack".to_owned()].into_iter().chain(bait.host.to_args());
-    let running = place.claim(Program::new(args)).unwrap();
+    let spec = ClaimSpec { network, ..place.spec(Program::new(args)) };
+    let running = wait(place.spawner.claim(spec)).unwrap();
+    if network.is_some() {
+        let tunnel = wait(place.spawner.tunnel(running.id)).unwrap();
+        assert!(rustix::fs::fcntl_getfl(&tunnel.device).unwrap().contains(OFlags::NONBLOCK));
+    }
     let (out, err, _) = place.finish(running);
     assert!(out.ends_with("done\n"), "the attack ended early:\n{out}\n{err}");
     let open = out.lines().filter(|l| l.starts_with("OPEN")).map(str::to_owned).collect();
@@ -116,6 +127,32 @@ fn every_door_is_closed() {
     assert_eq!(open, Vec::<String>::new(), "all of it:\n{out}");
     assert!(closed >= DOORS_MIN, "only {closed} doors:\n{out}");
     println!("{closed} doors closed");
+}
+
+/// A box with a network device, whose other end nobody serves: it has not one door more.
+fn every_door_is_closed_with_a_network() {
+    let mut place = place(2);
+    if !Path::new("/dev/net/tun").exists() {
+        println!("skipped: this kernel has no /dev/net/tun");
+        return;
+    }
+    house::install(&place.root, &std::env::current_exe().unwrap(), "probe");
+    plant(&place.root);
+    fs::create_dir_all(place.root.join("etc")).unwrap();
+    let _ = fs::remove_file(place.root.join("etc/resolv.conf"));
+    symlink("/planted/resolver", place.root.join("etc/resolv.conf")).unwrap();
+    let network = BoxNetwork {
+        address: [198, 18, 0, 2],
+        prefix_bits: 30,
+        gateway: [198, 18, 0, 1],
+        mtu: 65_520,
+    };
+    let (closed, open, out) = attack_with(&mut place, Some(network));
+    assert_eq!(open, Vec::<String>::new(), "all of it:\n{out}");
+    assert!(closed >= DOORS_MIN, "only {closed} doors:\n{out}");
+    assert!(out.contains("resolver: nameserver 198.18.0.1"), "{out}");
+    assert!(!place.root.join("planted/resolver").exists(), "a planted link was followed");
+    println!("{closed} doors closed, with a network device");
 }
 
 fn failed(place: &mut Place, program: Program) -> String {
