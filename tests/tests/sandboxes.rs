@@ -25,6 +25,7 @@ fn a_user_runs_things_in_real_sandboxes() {
     detached(&fleet);
     files(&fleet);
     refusals(&fleet);
+    network(&fleet);
 
     let traces = Traces::of(&fleet);
     assert_eq!(fleet.stop(), Some(0));
@@ -102,6 +103,33 @@ fn run_passes_on(fleet: &Fleet) {
 
     let ran = fleet.run(["run", "--image", "shell", "--", "sh", "-c", "kill -9 $$"]);
     assert_eq!(ran.code, Some(137), "{ran:?}");
+}
+
+/// A way out and a way in, as far as a machine without a network can show it.
+fn network(fleet: &Fleet) {
+    let run = |flags: &[&str], line: &str| {
+        fleet.run([&["run", "--image", "shell"], flags, &["--", "sh", "-c", line]].concat())
+    };
+    let asks = run(&["--egress", "example.org:443"], "cat /etc/resolv.conf");
+    assert!(asks.assert_done().starts_with("nameserver 198.18.0.1\n"), "{asks:?}");
+    let closed = run(&["--egress", "169.254.169.254:80"], "true");
+    assert_eq!(closed.code, Some(4), "{closed:?}");
+    assert!(closed.stderr.contains("error[forbidden]"), "{closed:?}");
+    assert_eq!(run(&["--egress", "a b"], "true").code, Some(2));
+
+    let up = run(&["-d", "--publish", "80"], "sleep 100");
+    let id = up.assert_done().trim().to_owned();
+    let at = up.stderr.split_whitespace().find(|word| word.starts_with("127.0.0.1:")).unwrap();
+    std::net::TcpStream::connect(at).unwrap();
+    let said = fleet.run(["port", &id]);
+    assert_eq!(said.assert_done(), format!("{at} leads to port 80\n"));
+    assert!(fleet.run(["ls"]).assert_done().contains(at), "ls shows it");
+    let port = at.rsplit(':').next().unwrap();
+    let taken = run(&["--publish", &format!("{port}:80")], "true");
+    assert!(taken.stderr.contains("error[busy]"), "{taken:?}");
+    assert_eq!(fleet.run(["kill", &id]).assert_done().trim(), id);
+    fleet.run(["wait", &id]);
+    assert!(std::net::TcpStream::connect(at).is_err(), "the port went with its sandbox");
 }
 
 /// A shell on a terminal, under `script`, which has one to give.

@@ -164,6 +164,8 @@ pub(super) async fn keep(cell: Rc<HostCell>) {
                 Err(error) => {
                     tracing::error!(%error, "the egress worker is lost: starting another");
                     real.ways.lost(&worker);
+                    // Soon, but not as fast as one that dies at once could be started.
+                    tokio::time::sleep(LOOK / 10).await;
                     continue;
                 }
                 Ok(carried) => {

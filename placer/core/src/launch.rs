@@ -353,7 +353,7 @@ impl Launch {
                     self.failed + self.refused
                 ),
             ),
-            Some(fault) if self.failed >= self.refused => {
+            Some(fault) if self.failed >= self.refused || fault.code == Code::Busy => {
                 self.finish(Outcome::Failed(fault));
             }
             _ => self.fail(
@@ -392,7 +392,8 @@ impl Launch {
             self.let_go(table);
             return self.finish(Outcome::Failed(fault));
         }
-        if matches!(fault.code, Code::NoCapacity | Code::Draining | Code::Overloaded) {
+        // A published port that is taken there (busy) says nothing of that host, and may be free on another.
+        if matches!(fault.code, Code::NoCapacity | Code::Draining | Code::Overloaded | Code::Busy) {
             self.refused += 1;
             self.fault = Some(fault);
             return self.elsewhere(table, dispatch, false);
