@@ -1,12 +1,12 @@
-//! The parts' figures without the front door: `cargo bench -p bench --bench figures -- pick heartbeat map cost`.
+//! The parts' figures without the front door: `cargo bench -p bench --bench figures -- pick heartbeat feed map cost`.
 //!
-//! Without a name it runs pick, heartbeat and map. `cost` and `launch` want a running fleet: `--placer ADDR --identity DIR
+//! Without a name it runs pick, heartbeat, feed and map. `cost` and `launch` want a running fleet: `--placer ADDR --identity DIR
 //! --role placerd=PID --role hostd=PID --hosts N`; without one, `cost` says what is missing. Built as a test it is quick.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use bench::{
-    cost, heartbeat,
+    cost, feed, heartbeat,
     launch::{self, Carrier, Load, RolePid},
     map, pick,
 };
@@ -16,7 +16,7 @@ use wire::{Code, Fault};
 /// Figures of the parts.
 #[derive(Parser)]
 struct Args {
-    /// Which: pick, heartbeat, map, launch, sweep, cost.
+    /// Which: pick, heartbeat, feed, map, launch, sweep, cost.
     names: Vec<String>,
     /// Print for programs.
     #[arg(long)]
@@ -139,6 +139,16 @@ fn heartbeats(args: &Args) -> Result<(), Fault> {
     Ok(())
 }
 
+fn feeds(args: &Args) -> Result<(), Fault> {
+    let mut options = feed::Options::default();
+    if args.quick() {
+        let time = Duration::from_millis(100);
+        options = feed::Options { hosts: 10_000, rounds: 1, time, ..options };
+    }
+    args.show(&feed::run(&options)?);
+    Ok(())
+}
+
 fn maps(args: &Args) -> Result<(), Fault> {
     let mut options = map::Options { objects: args.objects.clone(), ..map::Options::default() };
     if args.quick() {
@@ -155,6 +165,9 @@ fn run(args: &Args) -> Result<(), Fault> {
     }
     if all || args.wanted("heartbeat") {
         heartbeats(args)?;
+    }
+    if all || args.wanted("feed") {
+        feeds(args)?;
     }
     if all || args.wanted("map") {
         maps(args)?;

@@ -7,6 +7,7 @@
 pub mod arena;
 pub mod cost;
 pub mod cpu;
+pub mod feed;
 pub mod heartbeat;
 pub mod image;
 pub mod launch;

@@ -4,14 +4,24 @@
 //! their daemons: pages built and put, head swapped; then head and pages read, checked, encoded, opened, and the
 //! capacity table brought into line.
 
-use std::{fmt, sync::Arc, time::Instant};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use heartbeat_core::map::MapBuilder;
-use placer_core::{Adopter, CapacityTable, MapView, map::encode, table::words_for};
+use placer_core::{
+    Adopter, CapacityTable, MapView, Pick, Picker, Select, map::encode, table::words_for,
+};
 use serde::Serialize;
 use wire::{
-    Code, Fault,
+    CapacityWord, Code, Fault, HostId, Seq, ShapeId, Stamp,
     map::{FORMAT, Head, MapVersion, Page, path},
 };
 use wire_net::objects::{
@@ -63,9 +73,17 @@ pub struct Report {
     pub adopt_ms: Figure,
     /// The same when one host in a thousand has changed.
     pub adopt_change_ms: Figure,
+    /// 64 picks and reservations, 99th percentile, in microseconds, while nothing else happens.
+    pub pick_p99_us: Figure,
+    /// The same while another thread adopts maps, one after another, with one host in a thousand changed.
+    pub pick_adopting_p99_us: Figure,
+    /// Maps that were adopted meanwhile, a second.
+    pub adopting_per_second: f64,
 }
 
 const AT_ONCE: usize = 16;
+/// Time for which picks are timed.
+const PICKING: Duration = Duration::from_millis(500);
 
 fn internal(error: impl fmt::Display) -> Fault {
     Fault::new(Code::Internal, error.to_string())
@@ -83,6 +101,9 @@ struct Steps {
     open: Vec<f64>,
     adopt: Vec<f64>,
     change: Vec<f64>,
+    pick_p99_us: Vec<f64>,
+    adopting_p99_us: Vec<f64>,
+    adopting: Vec<f64>,
 }
 
 /// Measures. Blocks.
@@ -132,6 +153,9 @@ pub fn run(options: &Options) -> Result<Report, Fault> {
         open_ms: figure(&steps.open),
         adopt_ms: figure(&steps.adopt),
         adopt_change_ms: figure(&steps.change),
+        pick_p99_us: figure(&steps.pick_p99_us),
+        pick_adopting_p99_us: figure(&steps.adopting_p99_us),
+        adopting_per_second: figure(&steps.adopting).median,
     })
 }
 
@@ -204,7 +228,82 @@ fn adopt(hosts: &Hosts, version: MapVersion, steps: &mut Steps) -> Result<(), Fa
     let from = Instant::now();
     adopter.adopt(&table, Some(&map), &changed).map_err(internal)?;
     steps.change.push(ms(from));
+    pick_meanwhile(&table, adopter, [&changed, &map], steps)
+}
+
+type Table<'a> = CapacityTable<&'a [AtomicU64]>;
+
+/// Picks with nothing else going on, then while maps are adopted one after another, which no fleet does so fast.
+fn pick_meanwhile(
+    table: &Table<'_>,
+    mut adopter: Adopter,
+    maps: [&MapView<Vec<u8>>; 2],
+    steps: &mut Steps,
+) -> Result<(), Fault> {
+    let word = CapacityWord::new([900; 4], 0, Stamp::of(Seq(1)));
+    let feed = |hosts: &[HostId]| {
+        hosts.iter().for_each(|host| {
+            table.feed(*host, word);
+        });
+    };
+    let ids = maps.map(|map| map.ids().collect::<Vec<_>>());
+    ids.iter().for_each(|ids| feed(ids));
+    let hosts = maps.map(|map| map.hosts().collect::<Vec<_>>());
+    let fresh = [0, 1].map(|at| {
+        let other = &ids[1 - at];
+        let new = |id: &HostId| other.binary_search(id).is_err();
+        ids[at].iter().copied().filter(new).collect::<Vec<_>>()
+    });
+    steps.pick_p99_us.push(pick_p99_us(table)?);
+    let stop = AtomicBool::new(false);
+    let (p99, adopted) = thread::scope(|scope| {
+        let adopting = scope.spawn(|| {
+            let (from, mut adopted) = (Instant::now(), 0u32);
+            let (mut version, mut last) = (maps[0].version(), None::<MapView<Vec<u8>>>);
+            while !stop.load(Ordering::Relaxed) {
+                let next = (adopted as usize + 1) % 2;
+                version.version += 1;
+                let new = MapView::open(encode(version, &hosts[next])).map_err(internal)?;
+                adopter
+                    .adopt(table, Some(last.as_ref().unwrap_or(maps[0])), &new)
+                    .map_err(internal)?;
+                feed(&fresh[next]);
+                last = Some(new);
+                adopted += 1;
+            }
+            Ok::<_, Fault>(f64::from(adopted) / from.elapsed().as_secs_f64())
+        });
+        let p99 = pick_p99_us(table);
+        stop.store(true, Ordering::Relaxed);
+        let adopted = adopting.join().map_err(|_| internal("the adopting thread panicked"))?;
+        Ok::<_, Fault>((p99?, adopted?))
+    })?;
+    steps.adopting_p99_us.push(p99);
+    steps.adopting.push(adopted);
     Ok(())
+}
+
+/// Batches of 64 for half a second, each timed; the 99th percentile.
+fn pick_p99_us(table: &Table<'_>) -> Result<f64, Fault> {
+    const BATCH: usize = 64;
+    let mut picker = Picker::new(Select::default(), 1);
+    let shapes = [ShapeId::default(); BATCH];
+    let mut picks: Vec<Pick> = (0..BATCH).map(|_| Pick::NoHosts).collect();
+    let mut times = Vec::new();
+    let began = Instant::now();
+    while began.elapsed() < PICKING {
+        let from = Instant::now();
+        picker.pick_batch(table, &shapes, &mut picks);
+        times.push(from.elapsed().as_secs_f64() * 1e6);
+        for pick in &mut picks {
+            match std::mem::replace(pick, Pick::NoHosts) {
+                Pick::Picked(picked) => table.release(picked.reservation),
+                Pick::NoRoom | Pick::NoHosts => return Err(internal("an empty fleet had no room")),
+            }
+        }
+    }
+    times.sort_unstable_by(f64::total_cmp);
+    Ok(times[times.len() * 99 / 100])
 }
 
 impl fmt::Display for Report {
@@ -219,6 +318,12 @@ impl fmt::Display for Report {
         writeln!(f, "  fetch and check  {}", self.fetch_ms)?;
         writeln!(f, "  encode and open  {}", self.open_ms)?;
         writeln!(f, "  adopt, all new   {}", self.adopt_ms)?;
-        writeln!(f, "  adopt, 0.1 % new {}", self.adopt_change_ms)
+        writeln!(f, "  adopt, 0.1 % new {}", self.adopt_change_ms)?;
+        writeln!(f, "  64 picks, p99    {} us", self.pick_p99_us)?;
+        writeln!(
+            f,
+            "    while adopting {} us, {:.0} maps/s adopted",
+            self.pick_adopting_p99_us, self.adopting_per_second
+        )
     }
 }

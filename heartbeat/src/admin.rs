@@ -1,7 +1,7 @@
 //! Operators' calls, over QUIC: hosts, drain, undrain, ping.
 //!
-//! Placers may call as well (PROTOCOL 8.3): they pass on what operators ask of them. A list of hosts that does not fit
-//! one frame goes on in more `Answer` frames after the first, and an `End` frame closes it.
+//! Placers may call as well (PROTOCOL 8.3): they pass on what operators ask of them. A list of hosts goes on over as
+//! many `Answer` frames as it needs, and an `End` frame closes it (PROTOCOL 7.8).
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,12 +14,14 @@ use wire::{
     frame::Kind,
     limits::NAME_BYTES_MAX,
 };
-use wire_net::{quic, stream};
+use wire_net::{
+    listing::{self, RECORDS},
+    quic,
+    stream::{self, StreamLost},
+};
 
 use crate::{hub::Drains, shards::Shards, shards::wall_ms};
 
-/// Records of one answer frame: each takes up to about 300 bytes with its message.
-const RECORDS: usize = 500;
 /// A caller that sends nothing is let go after this.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -79,35 +81,45 @@ impl Admin {
                 return;
             }
         };
-        let answers = match call {
-            Ok(call) => self.answer(call).await,
-            Err(error) => {
-                vec![Answer::Fault(Fault::new(Code::BadRequest, format!("the call is {error}")))]
-            }
-        };
-        let more = answers.len() > 1;
-        for answer in answers {
-            if stream::answer(&mut send, &answer).await.is_err() {
+        let answer = match call {
+            Ok(Call::Hosts) => {
+                // A caller that has gone needs no answer.
+                let _ = self.say_hosts(&mut send).await;
                 return;
             }
-        }
-        if more {
-            let _ = stream::write_frame(&mut send, Kind::End, &[]).await;
-        }
+            Ok(call) => self.answer(call).await,
+            Err(error) => {
+                Answer::Fault(Fault::new(Code::BadRequest, format!("the call is {error}")))
+            }
+        };
+        let _ = stream::answer(&mut send, &answer).await;
         let _ = send.finish();
     }
 
-    async fn answer(&self, call: Call) -> Vec<Answer> {
+    async fn answer(&self, call: Call) -> Answer {
         let done = match call {
             Call::Ping => Ok(()),
-            Call::Hosts => return self.hosts().await,
+            Call::Host(host) => {
+                return self
+                    .host(host)
+                    .await
+                    .map_or_else(Answer::Fault, |record| Answer::Hosts(vec![record]));
+            }
             Call::Drain { host, deadline_ms, message } => {
                 self.drain(host, deadline_ms, message).await
             }
             Call::Undrain(host) => self.drains.clear(host).await.map_err(Fault::from),
             _ => Err(Fault::new(Code::BadRequest, "an aggregator does not answer this call")),
         };
-        vec![done.map_or_else(Answer::Fault, |()| Answer::Done)]
+        done.map_or_else(Answer::Fault, |()| Answer::Done)
+    }
+
+    async fn host(&self, host: HostId) -> Result<HostRecord, Fault> {
+        let seen = self.shards.seen_of(host).await.ok_or_else(|| {
+            Fault::new(Code::HostNotFound, format!("no host {host} is known here"))
+        })?;
+        let message = self.drains.known().remove(&host).map_or_else(String::new, |d| d.message);
+        Ok(record(&seen, message))
     }
 
     async fn drain(&self, host: HostId, deadline_ms: u64, message: String) -> Result<(), Fault> {
@@ -115,28 +127,22 @@ impl Admin {
             let said = format!("the message is longer than {NAME_BYTES_MAX} bytes");
             return Err(Fault::new(Code::BadRequest, said));
         }
-        if !self.shards.seen().await.iter().any(|seen| seen.row.host == host) {
-            return Err(Fault::new(Code::HostNotFound, format!("no host {host} is known here")));
-        }
+        self.host(host).await?;
         Ok(self.drains.set(Drain { host, deadline_ms, since_ms: wall_ms(), message }).await?)
     }
 
-    async fn hosts(&self) -> Vec<Answer> {
+    async fn say_hosts(&self, send: &mut quinn::SendStream) -> Result<(), StreamLost> {
         let drains = self.drains.known();
         let message =
             |host| drains.get(&host).map_or_else(String::new, |drain| drain.message.clone());
         let seen = self.shards.seen().await;
-        let mut answers: Vec<Answer> = seen
-            .chunks(RECORDS)
-            .map(|part| {
-                let record = |seen: &Seen| record(seen, message(seen.row.host));
-                Answer::Hosts(part.iter().map(record).collect())
-            })
-            .collect();
-        if answers.is_empty() {
-            answers.push(Answer::Hosts(Vec::new()));
+        let record = |seen: &Seen| record(seen, message(seen.row.host));
+        // No host at all is a list too: one empty frame of it.
+        listing::say(send, seen.iter().take(RECORDS).map(record).collect()).await?;
+        for part in seen.get(RECORDS..).unwrap_or_default().chunks(RECORDS) {
+            listing::say(send, part.iter().map(record).collect()).await?;
         }
-        answers
+        listing::end(send).await
     }
 }
 

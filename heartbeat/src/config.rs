@@ -34,8 +34,8 @@ pub struct Config {
     /// This aggregator's id; by default the one of its certificate.
     #[serde(default)]
     pub aggregator_id: Option<u64>,
-    /// Datagram addresses of all aggregators of the fleet, as hosts have them. Nothing is sent to them, since they meet
-    /// in the store; an aggregator that is not among them warns.
+    /// Datagram addresses of all aggregators of the fleet, as hosts have them: new hosts, and all while the store is away, are said to
+    /// the others directly. Without it aggregators meet in the store alone. An aggregator that is not among them warns.
     #[serde(default)]
     pub peers: Vec<SocketAddr>,
     /// Milliseconds between two looks whether the map has changed.

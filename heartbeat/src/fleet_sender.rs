@@ -4,7 +4,7 @@
 //! epoch). Many hosts share a few sockets, since a machine has only so many ports; the aggregator cannot tell.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
@@ -137,6 +137,12 @@ impl FleetSender {
             })
             .collect::<Result<Vec<_>, Fault>>()?;
         Ok(Self { hosts, by_id, sockets, sent: 0, directives: 0 })
+    }
+
+    /// Leaves hosts to somebody else: real ones of these ids, say.
+    pub fn leave_out(&mut self, others: &BTreeSet<HostId>) {
+        self.hosts.retain(|sim| !others.contains(&sim.host));
+        self.by_id = self.hosts.iter().enumerate().map(|(at, sim)| (sim.host, at)).collect();
     }
 
     /// Host and address of each, by id: what the map must say.

@@ -91,6 +91,9 @@ impl Metrics {
             ("from_placers", sum(|f| f.counters.placers)),
             ("placers_dropped", sum(|f| f.events_lost)),
             ("handed_on", sum(|f| f.handed_on)),
+            ("relayed", sum(|f| f.relayed)),
+            ("from_peers", sum(|f| f.counters.relayed)),
+            ("relays_held_back", sum(|f| f.held_back)),
             ("kernel_dropped", sum(|f| f.kernel_drops)),
             ("receive_buffer_bytes", sum(|f| f.rcvbuf_bytes)),
         ] {
@@ -109,6 +112,7 @@ impl Metrics {
         set(&self.hosts, "suspect", load(&scan.suspect));
         set(&self.hosts, "draining", load(&scan.draining));
         set(&self.hosts, "silent", load(&scan.silent));
+        set(&self.hosts, "old_key", load(&scan.old_key));
         set(&self.hosts, "removed", load(&scan.removed));
         set(&self.hosts, "brake", u64::from(scan.brake.load(Ordering::Relaxed)));
         set(&self.hosts, "quarantined", load(&hub.quarantined));
@@ -126,6 +130,7 @@ impl Metrics {
             ("published", &publish.published),
             ("puts_lost", &publish.lost),
             ("puts_unknown", &publish.unknown),
+            ("leads", &publish.leads),
             ("failed", &publish.failed),
             ("build_ms", &publish.build_ms),
             ("put_ms", &publish.put_ms),

@@ -55,6 +55,7 @@ pub(crate) struct PublishFigures {
     pub(crate) lost: AtomicU64,
     pub(crate) unknown: AtomicU64,
     pub(crate) failed: AtomicU64,
+    pub(crate) leads: AtomicU64,
     pub(crate) build_ms: AtomicU64,
     pub(crate) put_ms: AtomicU64,
 }
@@ -100,6 +101,9 @@ impl Publisher {
             };
             let leads = known.leader.leads(self.clock.now_ms());
             let changed = self.leads.send_if_modified(|led| std::mem::replace(led, leads) != leads);
+            self.figures.leads.store(u64::from(leads), Ordering::Relaxed);
+            self.figures.lost.store(known.leader.lost, Ordering::Relaxed);
+            self.figures.unknown.store(known.leader.unknown, Ordering::Relaxed);
             if changed {
                 tracing::info!(leads, "publishing");
             }
@@ -309,8 +313,6 @@ impl Publisher {
         };
         let now_ms = self.clock.now_ms();
         let won = known.leader.handle_put(now_ms, put);
-        self.figures.lost.store(known.leader.lost, Ordering::Relaxed);
-        self.figures.unknown.store(known.leader.unknown, Ordering::Relaxed);
         if let Some(version) = won
             && let Some((pages, membership)) = known.proposed.take()
         {

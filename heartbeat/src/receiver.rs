@@ -10,6 +10,7 @@ use crossbeam::queue::ArrayQueue;
 use heartbeat_core::{
     Heard, Shard,
     flush::Flush,
+    limits::RELAYS_A_SECOND_MAX,
     shard::{
         gathered::{GATHERED_BYTES, Gathered},
         upkeep::{Census, Seen},
@@ -56,6 +57,42 @@ pub(crate) fn handover(shards: u32) -> Handover {
     Arc::new((0..shards).map(|_| ArrayQueue::new(HANDED_ON_MAX)).collect())
 }
 
+/// Heartbeats that other aggregators are to hear of before the store tells them (PROTOCOL 2.10).
+pub(crate) struct Relay {
+    peers: Arc<Vec<SocketAddr>>,
+    /// Rows do not land: then every heartbeat is sent on, so that nobody dies for it in another's view.
+    store_away: bool,
+    second: u64,
+    left: u32,
+    relayed: u64,
+    held_back: u64,
+}
+
+impl Relay {
+    pub(crate) const fn new(peers: Arc<Vec<SocketAddr>>) -> Self {
+        Self { peers, store_away: false, second: 0, left: 0, relayed: 0, held_back: 0 }
+    }
+
+    fn send(&mut self, now_ms: u64, sender: &mut Sender, bytes: &[u8]) {
+        if self.peers.is_empty() {
+            return;
+        }
+        if self.second != now_ms / 1_000 {
+            (self.second, self.left) = (now_ms / 1_000, RELAYS_A_SECOND_MAX);
+        }
+        let Some(left) = self.left.checked_sub(1) else {
+            self.held_back += 1;
+            return;
+        };
+        self.left = left;
+        self.relayed += 1;
+        for peer in &*self.peers {
+            // A peer that is dead loses it, as it loses all else.
+            let _ = sender.push(bytes, *peer);
+        }
+    }
+}
+
 /// What one receiver thread is given.
 pub(crate) struct Outlets {
     pub(crate) events: mpsc::Sender<Event>,
@@ -67,6 +104,7 @@ pub(crate) struct Outlets {
 pub(crate) struct Ends {
     pub(crate) receiver: Receiver,
     pub(crate) handover: Handover,
+    pub(crate) relay: Relay,
     pub(crate) inbox: mpsc::Receiver<Ask>,
     pub(crate) outlets: Outlets,
 }
@@ -91,32 +129,45 @@ struct Taker {
     sender: Sender,
     handover: Handover,
     events: mpsc::Sender<Event>,
+    relay: Relay,
     events_lost: u64,
     handed_on: u64,
 }
 
 impl Taker {
     fn take(&mut self, now_ms: u64, gathered: &mut Gathered<SocketAddr>) {
-        let Self { shard, sender, handover, events, events_lost, handed_on } = self;
-        shard.handle_gathered(now_ms, gathered, |heard, bytes, answer, from| {
-            let event = match heard {
-                Heard::Nothing => return,
-                Heard::Directive(_) => {
-                    let _ = sender.push(answer, from);
-                    return;
+        let Self { shard, sender, handover, events, relay, events_lost, handed_on } = self;
+        let store_away = relay.store_away;
+        let peers = Arc::clone(&relay.peers);
+        let relayed = |from: &SocketAddr| peers.contains(from);
+        shard.handle_gathered(
+            now_ms,
+            gathered,
+            store_away,
+            relayed,
+            |heard, news, bytes, answer, from| {
+                if news {
+                    relay.send(now_ms, sender, bytes);
                 }
-                Heard::Elsewhere(to) => {
-                    *handed_on += 1;
-                    hand_on(&handover[to as usize], bytes, from);
-                    return;
-                }
-                Heard::Report { placer, report } => Event::Report { placer, report },
-                Heard::Subscribe { placer, key_epoch, subscribe } => {
-                    Event::Subscribe { placer, addr: from, key_epoch, subscribe }
-                }
-            };
-            *events_lost += u64::from(events.try_send(event).is_err());
-        });
+                let event = match heard {
+                    Heard::Nothing => return,
+                    Heard::Directive(_) => {
+                        let _ = sender.push(answer, from);
+                        return;
+                    }
+                    Heard::Elsewhere(to) => {
+                        *handed_on += 1;
+                        hand_on(&handover[to as usize], bytes, from);
+                        return;
+                    }
+                    Heard::Report { placer, report } => Event::Report { placer, report },
+                    Heard::Subscribe { placer, key_epoch, subscribe } => {
+                        Event::Subscribe { placer, addr: from, key_epoch, subscribe }
+                    }
+                };
+                *events_lost += u64::from(events.try_send(event).is_err());
+            },
+        );
     }
 }
 
@@ -147,7 +198,7 @@ pub(crate) fn spawn(
     clock: Clock,
     stop: CancellationToken,
 ) -> Result<thread::JoinHandle<()>, Fault> {
-    let Ends { receiver, handover, inbox, outlets } = ends;
+    let Ends { receiver, handover, relay, inbox, outlets } = ends;
     let io = |error: std::io::Error| {
         Fault::new(wire::Code::Internal, format!("a receiver thread did not start: {error}"))
     };
@@ -157,6 +208,7 @@ pub(crate) fn spawn(
         sender,
         handover,
         events: outlets.events.clone(),
+        relay,
         events_lost: 0,
         handed_on: 0,
     };
@@ -186,6 +238,7 @@ pub(crate) fn spawn(
 
 impl Thread {
     fn turn(&mut self) {
+        self.taker.relay.store_away = self.flush.failures() > 0;
         self.hear();
         let now_ms = self.clock.now_ms();
         self.take_handed_on(now_ms);
@@ -263,6 +316,7 @@ impl Thread {
             }
             Ask::Addresses(reply) => self.walks.push(Walk::Addresses(0, Vec::new(), reply)),
             Ask::Seen(reply) => self.walks.push(Walk::Seen(0, Vec::new(), reply)),
+            Ask::SeenOf(host, reply) => drop(reply.send(shard.seen_of(now_ms, host))),
             Ask::Words(from, max, reply) => {
                 let mut words = Vec::new();
                 let next = shard.words(from, max, &mut words);
@@ -287,6 +341,8 @@ impl Thread {
             membership: self.taker.shard.membership(),
             events_lost: self.taker.events_lost,
             handed_on: self.taker.handed_on,
+            relayed: self.taker.relay.relayed,
+            held_back: self.taker.relay.held_back,
         }
     }
 

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wire::{CapacityWord, Code, Fault, HostId, seal::Role};
 use wire_net::{
+    NetError,
     objects::{self, object_store::ObjectStore},
     ops, quic,
     tls::{self, Identity},
@@ -22,10 +23,10 @@ use crate::{
     hub::{Drains, Hub, HubFigures},
     metrics::{Metrics, Sources},
     publisher::{PublishFigures, Publisher},
-    receiver::{self, Ends, Event, Outlets, Pauses},
+    receiver::{self, Ends, Event, Outlets, Pauses, Relay},
     scanner::{self, ScanFigures, Scanner, Watcher},
     shards::{Ask, Clock, INBOX, Shards},
-    store::{self, Store},
+    store::{self, Store, StoreError},
     writer,
 };
 
@@ -33,6 +34,8 @@ use crate::{
 const EVENTS: usize = 4_096;
 const NEWS: usize = 64;
 const BATCHES: usize = 64;
+/// How long a start waits for a port that another process holds.
+const LAST_OWNER: Duration = Duration::from_secs(2);
 /// How long a stop waits for rows to reach the store.
 const LAST_WORDS: Duration = Duration::from_millis(1_000);
 
@@ -106,7 +109,7 @@ struct Ground {
     aggregator: u64,
 }
 
-async fn ground(config: &Config) -> Result<Ground, Fault> {
+async fn ground(config: &Config, stop: &CancellationToken) -> Result<Ground, Fault> {
     config.check()?;
     tls::install_provider();
     let identity = Identity::load(&config.identity)?;
@@ -123,16 +126,29 @@ async fn ground(config: &Config) -> Result<Ground, Fault> {
     let aggregator = config.aggregator_id.or(identity.peer.sender_id()).unwrap_or_default();
     let keys = scanner::load_keys(&config.fleet)?;
     let objects = objects::open(&config.objects)?;
-    let receivers = bind(config)?;
-    let store = store::open(&config.store).await?;
+    let receivers = bind(config).await?;
+    let store = store::open_or_wait(&config.store, stop.clone()).await?;
     Ok(Ground { identity, keys, objects, store, receivers, aggregator })
 }
 
-fn bind(config: &Config) -> Result<Vec<Receiver>, Fault> {
+/// A killed process's ring lets go of its socket some time after the process has gone: whoever restarts it at once waits.
+async fn bind_first(config: &Config, options: &ReceiverOptions) -> Result<Receiver, NetError> {
+    let began = std::time::Instant::now();
+    loop {
+        match Receiver::bind(config.udp, options) {
+            Err(NetError::Busy(_)) if began.elapsed() < LAST_OWNER => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            bound => return bound,
+        }
+    }
+}
+
+async fn bind(config: &Config) -> Result<Vec<Receiver>, Fault> {
     let options =
         ReceiverOptions { rcvbuf_bytes: config.rcvbuf_bytes, ..ReceiverOptions::default() };
     // Bound alone first: with a shared port a second aggregator here would go unnoticed and take half of the hosts.
-    let probe = Receiver::bind(config.udp, &options)?;
+    let probe = bind_first(config, &options).await?;
     let addr = probe.local_addr().map_err(|error| internal(&error))?;
     if config.shards() == 1 {
         warn_of_buffer(&probe, config);
@@ -181,6 +197,18 @@ struct Threads {
     stop: CancellationToken,
 }
 
+/// The other aggregators. One that listens on every address finds itself by what it can bind.
+fn others(config: &Config, receivers: &[Receiver]) -> Vec<SocketAddr> {
+    let own = receivers.first().and_then(|receiver| receiver.local_addr().ok());
+    let mine = |peer: &SocketAddr| {
+        own.is_some_and(|own| {
+            let here = || std::net::UdpSocket::bind((peer.ip(), 0)).is_ok();
+            own == *peer || (own.ip().is_unspecified() && own.port() == peer.port() && here())
+        })
+    };
+    config.peers.iter().filter(|peer| !mine(peer)).copied().collect()
+}
+
 fn start_receivers(
     config: &Config,
     keys: &KeyRing,
@@ -194,6 +222,7 @@ fn start_receivers(
     let pauses = Pauses { feed_ms: config.feed_ms, flush_ms: config.flush_ms };
     let (of, stop) = (config.shards(), CancellationToken::new());
     let handover = receiver::handover(of);
+    let peers = Arc::new(others(config, &receivers));
     let (mut inboxes, mut joins) = (Vec::new(), Vec::new());
     for (at, receiver) in (0..of).zip(receivers) {
         let (inbox, asks) = mpsc::channel(INBOX);
@@ -201,19 +230,22 @@ fn start_receivers(
         let outlets =
             Outlets { events: events.clone(), news: news.clone(), batches: batches.clone() };
         let shard = Shard::new(at, of, keys.clone(), config.interval_ms);
-        let ends = Ends { receiver, handover: Arc::clone(&handover), inbox: asks, outlets };
+        let relay = Relay::new(Arc::clone(&peers));
+        let handover = Arc::clone(&handover);
+        let ends = Ends { receiver, handover, relay, inbox: asks, outlets };
         joins.push(receiver::spawn(at as usize, shard, ends, pauses, clock, stop.clone())?);
     }
     Ok(Threads { shards: Shards::new(inboxes), joins, inlets, stop })
 }
 
-/// Starts an aggregator: when this returns, hosts are heard and calls answered, and what the store knows is known.
+/// Starts an aggregator: when this returns, hosts are heard and calls answered, and what the store knows is known, unless it is a
+/// database that does not answer. That one is connected to when it does.
 ///
 /// # Errors
-/// [`Code::Busy`] for a port or a store's file of another process, [`Code::Config`] for a setting, [`Code::Storage`] for a
-/// store that does not serve.
+/// [`Code::Busy`] for a port or a store's file of another process, [`Code::Config`] for a setting, [`Code::Storage`] for an
+/// embedded store that does not serve.
 pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, Fault> {
-    let ground = ground(&config).await?;
+    let ground = ground(&config, &stop).await?;
     let endpoint = quic::listen(config.listen, &ground.identity, &[Role::Operator, Role::Placer])?;
     let listener = match config.ops {
         Some(addr) => Some(ops::bind(addr).await?),
@@ -223,7 +255,8 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
     let first = &ground.receivers[0];
     let udp = first.local_addr().map_err(|error| internal(&error))?;
     let sender = first.sender().map_err(|error| internal(&error))?;
-    if !config.peers.is_empty() && !config.peers.contains(&udp) {
+    let listed = config.peers.len() > others(&config, &ground.receivers).len();
+    if !config.peers.is_empty() && !listed {
         tracing::warn!(%udp, "not among `peers`: hosts that are given that list never come here");
     }
     let admin = endpoint.local_addr().map_err(|error| internal(&error))?;
@@ -248,11 +281,14 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
     };
     match restored {
         Ok(rows) => tracing::info!(rows, "the store's hosts are known"),
+        Err(error @ StoreError::Away(_)) if store.shared() => {
+            tracing::warn!(%error, "started without the store: hosts are heard, maps wait for it");
+        }
         Err(error) => {
             running.stop().await;
             return Err(error.into());
         }
-    }
+    };
     let parts = Parts { config: &config, store, objects, keys, aggregator, clock, sender };
     let sources = spawn_parts(&running, parts, threads.inlets).await;
     let calls = Admin { shards: running.shards.clone(), drains: Arc::clone(&running.drains) };

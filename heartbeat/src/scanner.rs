@@ -35,6 +35,7 @@ pub(crate) struct ScanFigures {
     pub(crate) suspect: AtomicU64,
     pub(crate) draining: AtomicU64,
     pub(crate) silent: AtomicU64,
+    pub(crate) old_key: AtomicU64,
     pub(crate) removed: AtomicU64,
     pub(crate) brake: AtomicBool,
     pub(crate) store_away: AtomicBool,
@@ -116,6 +117,7 @@ impl Scanner {
         figures.alive.store(census.alive, Ordering::Relaxed);
         figures.suspect.store(census.suspect, Ordering::Relaxed);
         figures.draining.store(census.draining, Ordering::Relaxed);
+        figures.old_key.store(census.old_key, Ordering::Relaxed);
         figures.silent.store(census.silent.len() as u64, Ordering::Relaxed);
         let verdict = self.liveness.judge(self.clock.now_ms(), census);
         let was_braking = figures.brake.swap(self.liveness.alarm(), Ordering::Relaxed);

@@ -73,6 +73,10 @@ pub struct Figures {
     pub membership: u64,
     /// Heartbeats that arrived at another shard's socket.
     pub handed_on: u64,
+    /// Heartbeats that were sent on to the other aggregators.
+    pub relayed: u64,
+    /// Those that were not, for want of budget: they wait for the next heartbeat or the store.
+    pub held_back: u64,
     /// Reports and subscriptions that the hub had no room for.
     pub events_lost: u64,
 }
@@ -94,6 +98,7 @@ pub(crate) enum Ask {
     Census(u64, oneshot::Sender<Census>),
     Addresses(oneshot::Sender<Vec<(HostId, HostAddr)>>),
     Seen(oneshot::Sender<Vec<Seen>>),
+    SeenOf(HostId, oneshot::Sender<Option<Seen>>),
     Words(usize, usize, oneshot::Sender<Words>),
     Figures(oneshot::Sender<Figures>),
     /// Write what is dirty now, whatever the time.
@@ -212,6 +217,13 @@ impl Shards {
         let mut seen: Vec<Seen> = self.ask_all(Ask::Seen).await.into_iter().flatten().collect();
         seen.sort_unstable_by_key(|seen| seen.row.host);
         seen
+    }
+
+    /// One host as an operator sees it.
+    pub(crate) async fn seen_of(&self, host: HostId) -> Option<Seen> {
+        let (send, reply) = oneshot::channel();
+        self.tell_host(host, Ask::SeenOf(host, send)).await;
+        reply.await.ok().flatten()
     }
 
     /// All hosts and addresses, by id.

@@ -5,6 +5,7 @@
 //! highest: so an older heartbeat never overwrites a newer one, whoever writes last (DESIGN 1, invariant 3).
 
 pub mod embedded;
+mod late;
 mod said;
 pub mod scylla;
 
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use heartbeat_core::{Drain, Row, shard::upkeep::Silent, shard::writes::Batch};
+use tokio_util::sync::CancellationToken;
 use wire::{CapacityWord, Code, Fault, HostId};
 
 /// Why a store did not do what it was asked.
@@ -95,6 +97,32 @@ pub async fn open(url: &str) -> Result<Arc<dyn Store>, StoreError> {
         }
         Some(("scylla", place)) => Ok(Arc::new(scylla::ScyllaStore::open(place).await?)),
         _ => Err(bad(url)),
+    }
+}
+
+/// Opens a store for an aggregator, which must come up without its database: one that does not answer is connected to in
+/// the background, until `stop`. See [`StoreError::Away`].
+///
+/// # Errors
+/// [`StoreError`], but for [`StoreError::Away`] of a database.
+pub async fn open_or_wait(
+    url: &str,
+    stop: CancellationToken,
+) -> Result<Arc<dyn Store>, StoreError> {
+    match url.split_once("://") {
+        Some(("scylla", place)) => {
+            scylla::check_place(place)?;
+            let place: Arc<str> = place.into();
+            let open = move || {
+                let place = Arc::clone(&place);
+                async move {
+                    let store: Arc<dyn Store> = Arc::new(scylla::ScyllaStore::open(&place).await?);
+                    Ok(store)
+                }
+            };
+            Ok(Arc::new(late::LateStore::open(open, stop).await?))
+        }
+        _ => open(url).await,
     }
 }
 

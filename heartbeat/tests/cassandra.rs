@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fleet::{Fleet, cassandra::Cassandra, published, until};
+use fleet::{Fleet, engines::cassandra::Cassandra, published, until};
 use futures::{FutureExt as _, StreamExt as _, stream};
 use heartbeat::store::{Store, StoreError, scylla::ScyllaStore};
 use heartbeat_core::{Drain, Row, shard::upkeep::Silent, shard::writes::Batch};

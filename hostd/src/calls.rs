@@ -116,7 +116,7 @@ async fn simple(cell: &Rc<HostCell>, who: &Who, call: Call) -> Result<Answer, Fa
             cell.act(now_ms);
             Ok(Answer::Done)
         }
-        Call::Hosts => {
+        Call::Hosts | Call::Host(_) => {
             let text = "a host knows no other host: ask an aggregator";
             Err(Fault::new(Code::Unsupported, text))
         }

@@ -55,6 +55,9 @@ impl Worker {
                 }
                 Err(fault) => Answer::Fault(fault),
             }
+        } else if call == Call::Hosts && *peer == Peer::Operator {
+            self.metrics.calls.inc();
+            return self.list_hosts(&mut send).await;
         } else {
             self.answer(&call, peer).await.unwrap_or_else(Answer::Fault)
         };
@@ -130,10 +133,13 @@ impl Worker {
                 }
                 self.list(call, tenant).await
             }
-            Call::Hosts | Call::Drain { .. } | Call::Undrain(_) => {
+            Call::Hosts | Call::Host(_) | Call::Drain { .. } | Call::Undrain(_) => {
                 if *peer != Peer::Operator {
                     let message = format!("{peer} is no operator; nothing was done");
                     return Err(Fault::new(Code::Forbidden, message));
+                }
+                if let Call::Host(_) = call {
+                    return self.youngest(call).await;
                 }
                 self.ask_aggregators(call).await
             }

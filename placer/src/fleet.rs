@@ -76,17 +76,21 @@ enum Part {
 }
 
 impl Aperture {
+    /// Orders hosts for this placer, whose part is the lightest of them.
+    #[must_use]
+    pub const fn weight(self, host: HostId) -> u64 {
+        // Fibonacci mixing of two random numbers: every placer sorts the hosts in another way.
+        let mixed = (host.0 ^ self.placer.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+    }
+
     /// This placer's part of a map.
     fn part(self, map: &Arc<Map>) -> Part {
         if map.len() <= self.hosts {
             return Part::All(Arc::clone(map));
         }
-        let weight = |host: HostId| {
-            // Fibonacci mixing of two random numbers: every placer sorts the hosts in another way.
-            let mixed = (host.0 ^ self.placer.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
-        };
-        let mut weights: Vec<_> = map.ids().enumerate().map(|(at, id)| (weight(id), at)).collect();
+        let mut weights: Vec<_> =
+            map.ids().enumerate().map(|(at, id)| (self.weight(id), at)).collect();
         weights.select_nth_unstable(self.hosts - 1);
         weights.truncate(self.hosts);
         let mut chosen: Vec<usize> = weights.into_iter().map(|(_, at)| at).collect();

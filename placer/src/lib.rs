@@ -11,6 +11,7 @@ mod feed;
 pub mod fleet;
 mod front;
 mod known;
+mod listing;
 pub mod loader;
 mod lookup;
 pub mod mapped;

@@ -44,6 +44,8 @@ enum What {
     Pick(PickFlags),
     /// Heartbeats a second that one thread receives and verifies.
     Heartbeat(HeartbeatFlags),
+    /// What it costs a placer to follow a fleet's capacity.
+    Feed(FeedFlags),
     /// Milliseconds to build, publish and adopt a host map.
     Map(MapFlags),
     /// Time to a program's first output in small and large images, cold and warm.
@@ -82,6 +84,23 @@ struct HeartbeatFlags {
     hosts: usize,
     /// Heartbeats a second in the paced rounds.
     #[arg(long, value_name = "RATE", default_value_t = 66_700.0)]
+    rate: f64,
+    /// Rounds after one that warms up.
+    #[arg(long, value_name = "COUNT", default_value_t = 5)]
+    rounds: usize,
+}
+
+/// Flags of `volley bench feed`.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  volley bench feed --hosts 1000000 --rate 70000")]
+struct FeedFlags {
+    #[command(flatten)]
+    output: Output,
+    /// Hosts in the placer's table.
+    #[arg(long, value_name = "COUNT", default_value_t = 1_000_000)]
+    hosts: usize,
+    /// Words a second in the paced rounds.
+    #[arg(long, value_name = "RATE", default_value_t = 70_000.0)]
     rate: f64,
     /// Rounds after one that warms up.
     #[arg(long, value_name = "COUNT", default_value_t = 5)]
@@ -237,6 +256,15 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
                 ..bench::heartbeat::Options::default()
             };
             figures(flags.output, &bench::heartbeat::run(&options)?)?;
+        }
+        What::Feed(flags) => {
+            let options = bench::feed::Options {
+                hosts: flags.hosts,
+                rate: flags.rate,
+                rounds: flags.rounds,
+                ..bench::feed::Options::default()
+            };
+            figures(flags.output, &bench::feed::run(&options)?)?;
         }
         What::Map(flags) => {
             let options = bench::map::Options {

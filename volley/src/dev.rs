@@ -107,6 +107,11 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
         objects: flags.objects.clone(),
         port: flags.port,
     };
+    if let Some(store) = flags.store.as_deref().filter(|store| store.starts_with("scylla://")) {
+        // One copy of each row: for trying it out, and right for a database of one node.
+        let made = role::runtime()?.block_on(heartbeat::store::init(store, 1));
+        made.map_err(wire::Fault::from)?;
+    }
     let fleet = Fleet::lay_out(&wanted, &state)?;
     let outcome = live(flags, &fleet, &stop);
     fleet.put_away();

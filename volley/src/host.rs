@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use volley_client::{HostId, HostRecord};
-use wire::{CapacityWord, Code};
+use wire::CapacityWord;
 
 use crate::{
     client::{ClientFlags, Session},
@@ -167,11 +167,7 @@ fn slots(counts: [u16; 4]) -> String {
 }
 
 fn find(session: &Session, host: HostId) -> Result<HostRecord, Failure> {
-    let hosts = session.block(session.client().hosts())?;
-    hosts
-        .into_iter()
-        .find(|record| record.host == host)
-        .ok_or_else(|| Failure::new(Code::HostNotFound, format!("the fleet knows no host {host}")))
+    Ok(session.block(session.client().host(host))?)
 }
 
 fn inspect(flags: &InspectFlags) -> Result<(), Failure> {

@@ -24,6 +24,7 @@ const MEMBERS_MAX: u16 = 10_000;
 Examples:
   volley init fleet --hosts 3 --tenant acme       the authority, three hosts, an operator, a tenant
   volley init fleet --hosts 10                    ten hosts more for the same fleet
+  volley init fleet --rotate-key                  new heartbeat keys; fleet.key goes to the aggregators again
   volley hostd --config fleet/host-00c0ffee00c0ffee/hostd.toml")]
 pub(crate) struct Flags {
     /// Directory of the fleet.
@@ -40,6 +41,12 @@ pub(crate) struct Flags {
     /// Tenant to make an identity for. May be repeated.
     #[arg(long = "tenant", value_name = "NAME")]
     tenants: Vec<String>,
+    /// Start the next key epoch of heartbeats: hosts move to it by themselves; placers' `beat.key` files are renewed here.
+    #[arg(long)]
+    rotate_key: bool,
+    /// End all key epochs but the newest. Once every aggregator says `hosts{what="old_key"} 0`.
+    #[arg(long, conflicts_with = "rotate_key")]
+    prune_keys: bool,
     /// Object store that the settings name: dir:///path or s3://bucket/prefix?endpoint=URL&region=R.
     #[arg(long, value_name = "URL")]
     objects: Option<String>,
@@ -93,9 +100,22 @@ pub(crate) fn draw_id() -> Result<u64, Failure> {
 
 /// `volley init`.
 pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
-    let (authority, new) = authority(&flags.dir)?;
+    let (mut authority, new) = authority(&flags.dir)?;
     let root =
         fs::canonicalize(&flags.dir).map_err(|error| Failure::io(flags.dir.display(), &error))?;
+    if flags.rotate_key {
+        return rotate(&mut authority, &root);
+    }
+    if flags.prune_keys {
+        let ended = authority.prune()?.into_iter().map(|epoch| epoch.0.to_string());
+        let ended = ended.collect::<Vec<_>>().join(", ");
+        let said = if ended.is_empty() {
+            "there is one epoch only".to_owned()
+        } else {
+            format!("ended: {ended}")
+        };
+        return show::print(&format!("key epochs {said}; {}", handed_on(&root)));
+    }
     let asked = usize::from(flags.hosts) + flags.tenants.len();
     if !new && asked == 0 && flags.placers.is_none() && flags.aggregators.is_none() {
         let what = format!("{} already holds a fleet, which was left as it is", root.display());
@@ -131,6 +151,35 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
         ))?;
     }
     Ok(())
+}
+
+/// Starts the next key epoch. Hosts get it with their next heartbeat; what does not beat gets a file.
+fn rotate(authority: &mut FleetAuthority, root: &Path) -> Result<(), Failure> {
+    let epoch = authority.rotate()?;
+    let entries = fs::read_dir(root).map_err(|error| Failure::io(root.display(), &error))?;
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let peer = Peer::parse(&format!("{name}.volley"));
+        if let Some(peer @ (Peer::Placer(_) | Peer::Aggregator(_))) = peer
+            && let Some(key) = authority.beat_key(&peer)
+        {
+            key.save(&entry.path())?;
+            show::print(&format!("{}  beat.key", entry.path().display()))?;
+        }
+    }
+    show::print(&format!(
+        "key epoch {}; {}; copy placers' beat.key and restart them; when every aggregator says \
+         hosts{{what=\"old_key\"}} 0, end the old ones: --prune-keys",
+        epoch.0,
+        handed_on(root)
+    ))
+}
+
+fn handed_on(root: &Path) -> String {
+    format!(
+        "copy {} to the aggregators, which look at it each second",
+        root.join("fleet/fleet.key").display()
+    )
 }
 
 /// Writes the settings file of a member and says its name. Ports are the usual ones; a second role of a kind on the

@@ -95,7 +95,7 @@ pub enum Call {
         /// The port, on its loopback.
         port: u16,
     },
-    /// All hosts (operators). Answer: [`Answer::Hosts`].
+    /// All hosts (operators). Answer: frames of [`Answer::Hosts`], ascending by host, then an end (PROTOCOL 7.8).
     Hosts,
     /// Quiesce a host (operators). Answer: [`Answer::Done`] once the flag is durable.
     Drain {
@@ -110,6 +110,8 @@ pub enum Call {
     Undrain(HostId),
     /// Nothing: is anybody there? Answer: [`Answer::Done`].
     Ping,
+    /// One host (operators). Answer: [`Answer::Hosts`] of one.
+    Host(HostId),
 }
 
 impl Call {
@@ -133,6 +135,7 @@ impl Call {
             | Self::Hosts
             | Self::Drain { .. }
             | Self::Undrain(_)
+            | Self::Host(_)
             | Self::Ping => None,
         }
     }
@@ -224,7 +227,7 @@ pub enum Answer {
     Stats(Stats),
     /// To [`FileOp::List`] and [`FileOp::Stat`].
     Files(Vec<FileRecord>),
-    /// To [`Call::Hosts`].
+    /// To [`Call::Hosts`] and [`Call::Host`].
     Hosts(Vec<HostRecord>),
 }
 

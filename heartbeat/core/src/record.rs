@@ -46,6 +46,8 @@ pub(crate) mod mark {
     pub(crate) const NO_BOXES: u16 = 1 << 8;
     /// No host: the slot waits for one.
     pub(crate) const VACANT: u16 = 1 << 9;
+    /// Came or moved, and the store has no row that says so yet: other aggregators cannot know.
+    pub(crate) const UNTOLD: u16 = 1 << 10;
     /// The revision counter, whose carry must not reach the totals.
     pub(crate) const REVISION_MAX: u8 = u8::MAX - 1;
 }

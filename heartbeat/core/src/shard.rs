@@ -61,7 +61,9 @@ pub enum Heard {
 pub struct Counters {
     /// Heartbeats that were newest.
     pub accepted: u64,
-    /// Of them, first ones of a host.
+    /// Newest too, but sent on by another aggregator.
+    pub relayed: u64,
+    /// Of both, first ones of a host.
     pub registered: u64,
     /// Older, but not seen before.
     pub late: u64,
@@ -116,6 +118,10 @@ pub struct Shard {
     round: Vec<u32>,
     membership: u64,
     dirty: usize,
+    /// The last datagram was a heartbeat that was newest, and its host is [`mark::UNTOLD`].
+    last: (bool, bool),
+    /// The datagram at hand comes from another aggregator.
+    relayed: bool,
     counters: Counters,
 }
 
@@ -144,6 +150,8 @@ impl Shard {
             round: Vec::new(),
             membership: 0,
             dirty: 0,
+            last: (false, false),
+            relayed: false,
             counters: Counters::default(),
         }
     }
@@ -178,6 +186,13 @@ impl Shard {
         self.records.len() * size_of::<Record>() + self.index.bytes()
     }
 
+    /// Whether the last datagram should go to the other aggregators (PROTOCOL 2.10): it brought a host or an address
+    /// that they cannot read in the store yet, or `store_away` keeps them from reading anything.
+    #[must_use]
+    pub const fn is_news_to_peers(&self, store_away: bool) -> bool {
+        self.last.0 && (store_away || self.last.1)
+    }
+
     /// Takes one datagram; writes an answer to `out` if it says so.
     pub fn handle_datagram(
         &mut self,
@@ -185,6 +200,24 @@ impl Shard {
         bytes: &[u8],
         out: &mut [u8; DATAGRAM_BYTES_MAX],
     ) -> Heard {
+        self.take_one(now_ms, bytes, out, false)
+    }
+
+    /// Takes a datagram that another aggregator sent on (PROTOCOL 2.10): its host is heard there, written from there and
+    /// directed from there.
+    pub fn handle_relayed(&mut self, now_ms: u64, bytes: &[u8]) {
+        let mut unused = [0; DATAGRAM_BYTES_MAX];
+        self.take_one(now_ms, bytes, &mut unused, true);
+    }
+
+    fn take_one(
+        &mut self,
+        now_ms: u64,
+        bytes: &[u8],
+        out: &mut [u8; DATAGRAM_BYTES_MAX],
+        relayed: bool,
+    ) -> Heard {
+        (self.last, self.relayed) = ((false, false), relayed);
         let datagram = match Datagram::parse(bytes) {
             Ok(datagram) => datagram,
             Err(_) => return count(&mut self.counters.malformed),
@@ -271,9 +304,18 @@ impl Shard {
         if cached.is_none() {
             record.set_key(epoch, &key);
         }
-        if before != record.addr() {
-            self.membership += 1;
+        let moved = before != record.addr();
+        self.membership += u64::from(moved);
+        if self.relayed {
+            record.set(mark::FOREIGN, true);
+            self.counters.relayed += 1;
+            self.tell_placers(at);
+            return Heard::Nothing;
         }
+        if moved {
+            record.set(mark::UNTOLD, true);
+        }
+        self.last = (true, record.is(mark::UNTOLD));
         self.counters.accepted += 1;
         self.changed(at);
         self.answer(now_ms, at, &beat, &key, out)

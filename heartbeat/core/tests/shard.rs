@@ -358,11 +358,17 @@ fn batches_change_nothing_but_the_cost() {
         }
         let full = gathered.push(&bytes, now_ms);
         if full || rng.random_bool(0.1) || now_ms == 4_999 {
-            batched.handle_gathered(0, &mut gathered, |_, _, answer, at| {
-                if !answer.is_empty() {
-                    answers.push((at, answer.to_vec()));
-                }
-            });
+            batched.handle_gathered(
+                0,
+                &mut gathered,
+                false,
+                |_| false,
+                |_, _, _, answer, at| {
+                    if !answer.is_empty() {
+                        answers.push((at, answer.to_vec()));
+                    }
+                },
+            );
             assert!(gathered.is_empty());
         }
     }
@@ -371,36 +377,43 @@ fn batches_change_nothing_but_the_cost() {
     (0..100).for_each(|host| assert_eq!(row(&batched, host), row(&single, host)));
 }
 
-/// H1: mutated datagrams by the hundred thousand, of known hosts too: none is accepted.
+/// PROTOCOL 2.10: "if it brought a host or an address that the store does not have yet, or while the store takes no rows".
 #[test]
-fn mutated_datagrams_are_never_accepted() {
-    let seed = rand::rngs::OsRng.try_next_u64().unwrap();
-    println!("seed {seed}");
-    let mut rng = SmallRng::seed_from_u64(seed);
-    let mut shard = shard();
-    let good: Vec<Vec<u8>> = (0..64)
-        .map(|host| {
-            hand(&mut shard, 0, host, 1, &beat(1));
-            sealed(host, 1, &Heartbeat { flags: Heartbeat::ASK, ..beat(2) })
-        })
-        .collect();
-    let mut out = [0; DATAGRAM_BYTES_MAX];
-    for _ in 0..300_000 {
-        let mut bytes = good[rng.random_range(0..good.len())].clone();
-        for _ in 0..rng.random_range(1..4) {
-            let at = rng.random_range(0..bytes.len());
-            match rng.random_range(0..3) {
-                0 => bytes[at] = bytes[at].wrapping_add(rng.random_range(1..=255)),
-                1 if at > 0 => bytes.truncate(at),
-                _ => bytes.insert(at, rng.random()),
-            }
-        }
-        if !good.contains(&bytes) {
-            let heard = shard.handle_datagram(1, &bytes, &mut out);
-            assert_eq!(heard, Heard::Nothing, "{bytes:?}");
-        }
-    }
-    assert_eq!((shard.counters().accepted, shard.len()), (64, 64));
+fn what_the_store_does_not_have_is_news_to_the_other_aggregators() {
+    let (mut shard, mut out) = (shard(), [0; DATAGRAM_BYTES_MAX]);
+    let mut hear = |shard: &mut Shard, seq: u64, last_of_ip: u8, away: bool| {
+        let mut said = beat(seq);
+        said.ip[15] = last_of_ip;
+        shard.handle_datagram(0, &sealed(7, 1, &said), &mut out);
+        shard.is_news_to_peers(away)
+    };
+    let write = |shard: &mut Shard, acknowledged| {
+        shard.begin_round();
+        let batch = shard.take_batch().unwrap();
+        let rows: Vec<_> = batch.rows.iter().map(|row| (row.host, row.written())).collect();
+        shard.handle_written(&rows, acknowledged);
+    };
+    assert!(hear(&mut shard, 1, 1, false), "a new host");
+    assert!(hear(&mut shard, 2, 1, false), "until it is written");
+    assert!(!hear(&mut shard, 2, 1, false), "a replay is no news");
+    write(&mut shard, false);
+    assert!(hear(&mut shard, 3, 1, false), "that one was not acknowledged");
+    write(&mut shard, true);
+    assert!(!hear(&mut shard, 4, 1, false), "others read it in the store");
+    assert!(hear(&mut shard, 5, 1, true), "unless it is away");
+    assert!(!hear(&mut shard, 6, 1, false));
+    assert!(hear(&mut shard, 7, 2, false), "it moved");
+
+    // "It MUST NOT be answered nor sent on again."
+    let (mut other, ask) = (self::shard(), Heartbeat { flags: Heartbeat::ASK, ..beat(7) });
+    other.handle_relayed(0, &sealed(7, 1, &ask));
+    assert_eq!((other.len(), other.dirty(), other.counters().directives), (1, 0, 0));
+    assert!(!other.is_news_to_peers(true));
+    let mut news = Vec::new();
+    other.take_news(9, &mut news);
+    assert_eq!(news.len(), 1, "placers are told");
+    other.handle_datagram(0, &sealed(7, 1, &beat(8)), &mut [0; DATAGRAM_BYTES_MAX]);
+    assert_eq!(other.dirty(), 1, "it has come here");
 }
 
 proptest! {

@@ -74,6 +74,17 @@ fn away(error: impl std::fmt::Display) -> StoreError {
     StoreError::Away(error.to_string())
 }
 
+/// A quorum needs more nodes than there are: said in words of what to do.
+fn too_few(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Away(why) if why.contains("Not enough nodes") => StoreError::Away(format!(
+            "{why}. The keyspace keeps more copies of a row than nodes are there to agree on: start them, or alter its \
+             replication (a new keyspace: `volley store init --replicas 1`)"
+        )),
+        other => other,
+    }
+}
+
 /// Nodes and keyspace of `host:port[,host:port]/keyspace`.
 fn parse(place: &str) -> Result<(Vec<&str>, &str), StoreError> {
     let bad = |why| StoreError::Config(format!("scylla://{place}: {why}"));
@@ -90,6 +101,11 @@ fn parse(place: &str) -> Result<(Vec<&str>, &str), StoreError> {
         return Err(bad("it names no node"));
     }
     Ok((nodes, keyspace))
+}
+
+/// Whether the setting names nodes and a keyspace: nothing that waiting would mend.
+pub(super) fn check_place(place: &str) -> Result<(), StoreError> {
+    parse(place).map(drop)
 }
 
 async fn connect(nodes: &[&str]) -> Result<Session, StoreError> {
@@ -405,7 +421,7 @@ impl Store for ScyllaStore {
 
     fn check(&self) -> Doing<'_, String> {
         async move {
-            let drains = self.drains().await?.len();
+            let drains = self.drains().await.map_err(too_few)?.len();
             let nodes = self.session.get_cluster_state().get_nodes_info().len();
             Ok(format!("scylla://{}: {nodes} nodes, tables are there, {drains} drains", self.place))
         }

@@ -1,8 +1,11 @@
 //! A fleet in a scratch directory: authority, aggregators, senders, and what a placer would read.
 #![allow(dead_code, reason = "each test program uses its part")]
 
-pub(crate) mod cassandra;
-pub(crate) mod moto;
+pub(crate) mod cql;
+#[path = "../../../tests/engines/mod.rs"]
+pub(crate) mod engines;
+pub(crate) mod http;
+pub(crate) mod process;
 
 use std::{
     net::SocketAddr,
@@ -18,16 +21,16 @@ use heartbeat::{
 use tokio_util::sync::CancellationToken;
 use wire::{
     Fault, HostId,
-    call::{Answer, Call, HostRecord},
-    frame::Kind,
+    call::HostRecord,
     map::{Head, HostAddr, Page, path},
 };
 use wire_net::{
+    listing::HostList,
     objects::{
         self,
         object_store::{ObjectStore, path::Path},
     },
-    quic, stream,
+    quic,
     tls::{FleetAuthority, Peer},
 };
 
@@ -86,26 +89,19 @@ impl Fleet {
     }
 
     pub(crate) async fn operator(&self, running: &Running) -> quinn::Connection {
+        self.operator_at(running.admin).await
+    }
+
+    pub(crate) async fn operator_at(&self, admin: SocketAddr) -> quinn::Connection {
         let identity = self.authority.issue(&Peer::Operator).unwrap();
         let endpoint = quic::dialer(SocketAddr::from(([127, 0, 0, 1], 0)), &identity).unwrap();
-        quic::connect(&endpoint, running.admin, wire::seal::Role::Aggregator).await.unwrap()
+        quic::connect(&endpoint, admin, wire::seal::Role::Aggregator).await.unwrap()
     }
 }
 
 /// All hosts that an aggregator knows.
 pub(crate) async fn hosts(operator: &quinn::Connection) -> Vec<HostRecord> {
-    let (first, _send, mut recv) = stream::open(operator, &Call::Hosts).await.unwrap();
-    let Answer::Hosts(mut hosts) = first else { panic!("{first:?}") };
-    let mut scratch = bytes::BytesMut::new();
-    while let Some((Kind::Answer, bytes)) =
-        stream::read_frame(&mut recv, &mut scratch).await.unwrap()
-    {
-        match Answer::from_bytes(&bytes).unwrap() {
-            Answer::Hosts(more) => hosts.extend(more),
-            other => panic!("{other:?}"),
-        }
-    }
-    hosts
+    HostList::open(operator).await.unwrap().all().await.unwrap()
 }
 
 /// The map as a placer reads it, fully checked. A read that fails is a placer's to try again; a page that is missing is not.

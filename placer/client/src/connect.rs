@@ -20,7 +20,7 @@ use wire::{
     limits::BUDGET_MS_DEFAULT,
     seal::Role,
 };
-use wire_net::{lane::Lane, quic, stream, tls};
+use wire_net::{lane::Lane, listing::HostList, quic, stream, tls};
 
 use crate::{CallError, Sandbox, draw_id};
 
@@ -210,9 +210,18 @@ impl Client {
     /// # Errors
     /// [`CallError`]; [`Code::Forbidden`] for a tenant.
     pub async fn hosts(&self) -> Result<Vec<HostRecord>, CallError> {
-        match self.ask(&Call::Hosts).await? {
-            Answer::Hosts(records) => Ok(records),
-            _ => Err(CallError::protocol("hosts were not answered by hosts")),
+        let (_, open) = self.open_link().await?;
+        Ok(HostList::open(&open.connection).await?.all().await?)
+    }
+
+    /// One host. For operators.
+    ///
+    /// # Errors
+    /// [`CallError`]; [`Code::HostNotFound`] if the fleet knows no such host, [`Code::Forbidden`] for a tenant.
+    pub async fn host(&self, host: HostId) -> Result<HostRecord, CallError> {
+        match self.ask(&Call::Host(host)).await? {
+            Answer::Hosts(mut records) if records.len() == 1 => Ok(records.swap_remove(0)),
+            _ => Err(CallError::protocol("a host was not answered by a host")),
         }
     }
 

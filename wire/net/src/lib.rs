@@ -5,6 +5,7 @@
 //! leads to the cores'. DESIGN.md beside this crate says what was measured and why it is so.
 
 pub mod lane;
+pub mod listing;
 pub mod objects;
 pub mod ops;
 pub mod quic;

@@ -159,6 +159,7 @@ fn changes(call: &Call) -> bool {
         | Call::Stats(_)
         | Call::Port { .. }
         | Call::Hosts
+        | Call::Host(_)
         | Call::Ping => false,
         Call::File { op, .. } => {
             !matches!(op, FileOp::Read(_) | FileOp::List(_) | FileOp::Stat(_) | FileOp::Watch(_))

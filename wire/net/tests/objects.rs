@@ -1,17 +1,19 @@
 //! Object stores: one winner a round, whatever races, dies or answers late.
 //!
-//! The directory store and S3 run the same trial; for S3 a moto server is had from PyPI once, cached outside the tree,
-//! and started on a free port.
+//! The directory store and S3 run the same trial; for S3 a real server is started on a free port (`tests/engines`).
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+#[path = "../../../tests/engines/s3.rs"]
+#[allow(dead_code, reason = "other test programs use more of it")]
+mod s3;
 
 use std::{
     env, fs,
     io::{BufRead as _, BufReader},
     net::TcpListener,
-    path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -207,125 +209,29 @@ async fn a_store_that_does_not_answer_leaves_the_outcome_unknown() {
 }
 
 fn s3_store(endpoint: &str) -> Arc<dyn ObjectStore> {
-    static KEYS: std::sync::Once = std::sync::Once::new();
-    KEYS.call_once(|| {
-        // SAFETY: set once, before any store of this process reads them; other tests read other variables.
-        unsafe {
-            env::set_var("AWS_ACCESS_KEY_ID", "volley-test");
-            env::set_var("AWS_SECRET_ACCESS_KEY", "volley-test");
-        }
-    });
-    open(&format!("s3://volley-test/fleet?endpoint={endpoint}&region=us-east-1")).unwrap()
-}
-
-/// A moto server of our own; killed by its pid when dropped.
-struct Moto {
-    child: Child,
-    endpoint: String,
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn cache_dir() -> PathBuf {
-    let base = env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    base.unwrap_or_else(env::temp_dir).join("volley")
-}
-
-fn run(program: &std::path::Path, args: &[&str]) -> Result<(), String> {
-    let out = Command::new(program)
-        .args(args)
-        .output()
-        .map_err(|error| format!("{}: {error}", program.display()))?;
-    if out.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&out.stderr);
-    Err(format!("{} failed: {}", program.display(), text.lines().last().unwrap_or_default()))
-}
-
-/// The server's program, installed once into a cached venv.
-fn moto_program() -> Result<PathBuf, String> {
-    let venv = cache_dir().join("moto");
-    let program = venv.join("bin/moto_server");
-    if program.exists() {
-        return Ok(program);
-    }
-    fs::create_dir_all(cache_dir()).map_err(|error| error.to_string())?;
-    // Scripts of a venv name its directory, so it is made in place, under a lock against a second test run.
-    let lock = fs::File::create(cache_dir().join("moto.lock")).map_err(|e| e.to_string())?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-        .map_err(|error| error.to_string())?;
-    if program.exists() {
-        return Ok(program);
-    }
-    let made = run("python3".as_ref(), &["-m", "venv", &venv.display().to_string()])
-        .and_then(|()| run(&venv.join("bin/pip"), &["install", "-q", "moto[server,s3]"]));
-    if let Err(why) = made {
-        drop(fs::remove_dir_all(&venv));
-        return Err(why);
-    }
-    Ok(program)
-}
-
-fn start_moto() -> Result<Moto, String> {
-    let program = moto_program()?;
-    let port = TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .map_err(|error| error.to_string())?
-        .port();
-    let child = Command::new(program)
-        .args(["-H", "127.0.0.1", "-p", &port.to_string()])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|error| error.to_string())?;
-    let moto = Moto { child, endpoint: format!("http://127.0.0.1:{port}") };
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while make_bucket(port).is_none() {
-        if Instant::now() > deadline {
-            return Err("moto did not answer within 30 s".to_owned());
-        }
-        std::thread::sleep(Duration::from_millis(100)); // Between two askings, not in their place.
-    }
-    Ok(moto)
-}
-
-fn make_bucket(port: u16) -> Option<()> {
-    use std::io::{Read as _, Write as _};
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).ok()?;
-    let request = format!(
-        "PUT /volley-test HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 0\r\n\
-         Authorization: AWS4-HMAC-SHA256 Credential=volley-test/20260101/us-east-1/s3/aws4_request\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    answer.lines().next()?.contains(" 200").then_some(())
+    s3::set_keys();
+    open(&format!("s3://volley/fleet?endpoint={endpoint}&region=us-east-1")).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3_swaps_by_version_and_has_one_winner_a_round() {
-    let moto = match tokio::task::spawn_blocking(start_moto).await.unwrap() {
-        Ok(moto) => moto,
+    let server = match tokio::task::spawn_blocking(s3::S3::start).await.unwrap() {
+        Ok(server) => server,
         Err(why) => {
             println!("skipped: no S3 server: {why}");
             return;
         }
     };
-    let store = s3_store(&moto.endpoint);
+    let store = s3_store(&server.endpoint);
     swaps_by_version(&*store).await;
-    let report = prove(&store, 20).await.unwrap();
+    // moto is one Python thread: the full hundred rounds are for the server that has the speed for it.
+    let rounds = if server.what == "MinIO" { 100 } else { 20 };
+    let report = prove(&store, rounds).await.unwrap();
+    println!("{}: {report:?}", server.what);
     assert!(report.holds(), "{report:?}");
     // Objects are under the URL's prefix.
     store.put(&Path::from("here"), "x".into()).await.unwrap();
     let whole =
-        open(&format!("s3://volley-test?endpoint={}&region=us-east-1", moto.endpoint)).unwrap();
+        open(&format!("s3://volley?endpoint={}&region=us-east-1", server.endpoint)).unwrap();
     assert!(read(&*whole, &Path::from("fleet/here")).await.unwrap().is_some());
 }

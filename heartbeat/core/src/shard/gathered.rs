@@ -56,22 +56,25 @@ impl<T: Copy> Gathered<T> {
 }
 
 impl Shard {
-    /// Takes a batch and empties it, as [`Shard::handle_datagram`] takes one. `each` gets what each datagram was, its bytes, and
-    /// the directive that answers it, if any.
+    /// Takes a batch and empties it, as [`Shard::handle_datagram`] takes one, or [`Shard::handle_relayed`] if `relayed` says so of
+    /// its sender. `each` gets what each datagram was, whether it is news to the other aggregators
+    /// ([`Shard::is_news_to_peers`]), its bytes, and the directive that answers it, if any.
     pub fn handle_gathered<T: Copy>(
         &mut self,
         now_ms: u64,
         gathered: &mut Gathered<T>,
-        mut each: impl FnMut(Heard, &[u8], &[u8], T),
+        store_away: bool,
+        relayed: impl Fn(&T) -> bool,
+        mut each: impl FnMut(Heard, bool, &[u8], &[u8], T),
     ) {
         let len = std::mem::take(&mut gathered.len);
         self.touch(&gathered.bytes[..len]);
         let mut out = [0; DATAGRAM_BYTES_MAX];
         for (bytes, with) in gathered.bytes.iter().zip(&gathered.with).take(len) {
             let Some((len, with)) = *with else { continue };
-            let heard = self.handle_datagram(now_ms, &bytes[..len], &mut out);
+            let heard = self.take_one(now_ms, &bytes[..len], &mut out, relayed(&with));
             let answer = if let Heard::Directive(len) = heard { &out[..len] } else { &[] };
-            each(heard, &bytes[..len], answer, with);
+            each(heard, self.is_news_to_peers(store_away), &bytes[..len], answer, with);
         }
     }
 

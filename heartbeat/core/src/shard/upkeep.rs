@@ -7,6 +7,7 @@ use wire::{CapacityWord, HostId, Seq, limits::DEAD_AFTER_INTERVALS, map::HostAdd
 use super::{DrainUntil, Shard, shard_of};
 use crate::{
     keys::KeyRing,
+    limits::SUSPECT_AFTER_INTERVALS,
     record::{Record, mark},
     row::Row,
 };
@@ -14,7 +15,7 @@ use crate::{
 /// Where a host stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
-    /// Heard of within two intervals.
+    /// Heard of within [`SUSPECT_AFTER_INTERVALS`].
     Alive,
     /// Not, or a placer reported its health.
     Suspect,
@@ -85,6 +86,8 @@ pub struct Census {
     pub fresh: u64,
     /// Candidates for removal: dead for an interval.
     pub silent: Vec<Silent>,
+    /// Heard here under a key of an epoch that is not the newest: until it is zero everywhere, no epoch may end.
+    pub old_key: u64,
     /// The longest time between heartbeats of any host, in milliseconds.
     pub interval_ms_max: u64,
 }
@@ -98,6 +101,7 @@ impl Census {
         self.quarantined += other.quarantined;
         self.draining += other.draining;
         self.fresh += other.fresh;
+        self.old_key += other.old_key;
         self.silent.extend(other.silent);
         self.interval_ms_max = self.interval_ms_max.max(other.interval_ms_max);
     }
@@ -106,6 +110,15 @@ impl Census {
 impl Record {
     pub(super) fn addr(&self) -> HostAddr {
         self.row().addr()
+    }
+
+    fn seen(&self, now_ms: u64) -> Seen {
+        Seen {
+            row: self.row(),
+            standing: self.standing(now_ms),
+            age_ms: now_ms.saturating_sub(self.heard_ms()),
+            foreign: self.is(mark::FOREIGN),
+        }
     }
 
     fn standing(&self, now_ms: u64) -> Standing {
@@ -120,7 +133,7 @@ impl Record {
             // The host's own word that it drains, not just our wish, makes its zero the last one.
             let done = self.running == 0 && self.word.has(CapacityWord::DRAINING);
             if done { Standing::Drained } else { Standing::Draining }
-        } else if age_ms > 2 * interval_ms
+        } else if age_ms > SUSPECT_AFTER_INTERVALS * interval_ms
             || self.is(mark::REPORTED)
             || said.has(CapacityWord::SICK)
         {
@@ -291,6 +304,10 @@ impl Shard {
         let (records, next) = self.part(cursor, max);
         for record in records {
             census.total += 1;
+            // Hosts that others hear have no key here.
+            let epochs = 1..self.keys.target().0;
+            census.old_key +=
+                u64::from(epochs.contains(&record.key_epoch) && !record.is(mark::FOREIGN));
             let interval_ms = u64::from(record.interval_ms());
             census.interval_ms_max = census.interval_ms_max.max(interval_ms);
             let judged_ms = judged_ms.min(now_ms);
@@ -325,13 +342,14 @@ impl Shard {
         out: &mut Vec<Seen>,
     ) -> Option<usize> {
         let (records, next) = self.part(cursor, max);
-        out.extend(records.map(|record| Seen {
-            row: record.row(),
-            standing: record.standing(now_ms),
-            age_ms: now_ms.saturating_sub(record.heard_ms()),
-            foreign: record.is(mark::FOREIGN),
-        }));
+        out.extend(records.map(|record| record.seen(now_ms)));
         next
+    }
+
+    /// One host, as an operator sees it.
+    #[must_use]
+    pub fn seen_of(&self, now_ms: u64, host: HostId) -> Option<Seen> {
+        self.find(host).map(|at| self.records[at as usize].seen(now_ms))
     }
 
     /// Host and address of up to `max` records from `cursor` on.

@@ -24,14 +24,20 @@ pub struct Batch {
 impl Shard {
     /// Notes that a record changed: the feed is to say it and the store to keep it.
     pub(super) fn changed(&mut self, at: u32) {
+        self.tell_placers(at);
+        let record = &mut self.records[at as usize];
+        self.dirty += usize::from(!record.is(mark::DIRTY));
+        record.set(mark::DIRTY, true);
+        self.list(at);
+    }
+
+    /// Notes that the feed is to say it.
+    pub(super) fn tell_placers(&mut self, at: u32) {
         let record = &mut self.records[at as usize];
         if !record.is(mark::NEWS) {
             record.set(mark::NEWS, true);
             self.news.push(at);
         }
-        self.dirty += usize::from(!record.is(mark::DIRTY));
-        record.set(mark::DIRTY, true);
-        self.list(at);
     }
 
     fn list(&mut self, at: u32) {
@@ -110,7 +116,7 @@ impl Shard {
             record.set(mark::IN_FLIGHT, false);
             let same = written(wire::Seq(record.seq), record.revision) == stamp;
             if acknowledged && same && record.is(mark::DIRTY) {
-                record.set(mark::DIRTY, false);
+                record.set(mark::DIRTY | mark::UNTOLD, false);
                 self.dirty -= 1;
             }
             if record.is(mark::DIRTY) {

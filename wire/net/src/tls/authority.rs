@@ -203,6 +203,28 @@ impl FleetAuthority {
         self.keys = keys;
         Ok(epoch)
     }
+
+    /// Ends all key epochs but the newest; returns those that ended. Whoever still uses one of them is not heard any
+    /// more: see that every host has moved first.
+    ///
+    /// # Errors
+    /// [`Code::Config`] if `fleet.key` cannot be written; the old keys stay.
+    pub fn prune(&mut self) -> Result<Vec<KeyEpoch>, Fault> {
+        let newest = self.newest_key().clone();
+        if let Some(dir) = &self.dir {
+            write_fleet_keys(dir, std::slice::from_ref(&newest))?;
+        }
+        let old = std::mem::replace(&mut self.keys, vec![newest]);
+        Ok(old.iter().rev().skip(1).rev().map(|key| key.epoch).collect())
+    }
+
+    /// The datagram key of a role, of the newest epoch; none for people.
+    #[must_use]
+    pub fn beat_key(&self, peer: &Peer) -> Option<SenderKeys> {
+        let newest = self.newest_key();
+        let id = peer.sender_id()?;
+        Some(SenderKeys { epoch: newest.epoch, key: newest.sender(peer.role(), id) })
+    }
 }
 
 fn fleet_name(secret: &[u8; 32]) -> String {
