@@ -36,6 +36,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) doors: Vec<std::fs::File>,
     /// Compiled seccomp filters.
     pub(crate) filters: &'a Filters,
+    /// Whether it is in a network namespace of its own already.
+    pub(crate) has_net: bool,
 }
 
 /// Runs a box to its end.

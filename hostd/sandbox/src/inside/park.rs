@@ -47,7 +47,7 @@ fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Step<T> {
 
 /// Parks. Returns the control socket, also where it fails.
 pub(super) fn park(setup: Setup<'_>, buffer: &mut [u8]) -> Result<OwnedFd, (OwnedFd, Fault)> {
-    let Setup { control, dev, doors, filters } = setup;
+    let Setup { control, dev, doors, filters, has_net } = setup;
     let made = (|| {
         os("parent death signal", die_with_parent())?;
         enter(&control, &dev, doors)?;
@@ -56,14 +56,16 @@ pub(super) fn park(setup: Setup<'_>, buffer: &mut [u8]) -> Result<OwnedFd, (Owne
         // A change of user id clears it.
         os("parent death signal", die_with_parent())?;
         let namespaces = libc::CLONE_NEWNS
-            | libc::CLONE_NEWNET
+            | if has_net { 0 } else { libc::CLONE_NEWNET }
             | libc::CLONE_NEWIPC
             | libc::CLONE_NEWUTS
             | libc::CLONE_NEWCGROUP;
         os("unshare", sys::unshare(namespaces))?;
         // Kernels without keyrings have none to leak.
         let _ = sys::new_session_keyring();
-        os("loopback", sys::loopback_up())?;
+        if !has_net {
+            os("loopback", sys::loopback_up())?;
+        }
         build_root(dev)?;
         os("bounding set", sys::drop_bounding_set())?;
         os("name", sys::set_name(c"init"))?;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::nets::Nets;
 use super::tally::{Entry, Tally};
 use crate::cgroup::Group;
 use crate::error::Fault;
@@ -116,6 +117,8 @@ pub(super) struct Boxed {
     pub(super) control: OwnedFd,
     /// Until it is claimed.
     pub(super) userns: Option<OwnedFd>,
+    /// Its network namespace, where it may serve another box.
+    pub(super) net: Option<OwnedFd>,
     pub(super) group: Group,
     pub(super) entry: Entry,
     pub(super) made_at: Instant,
@@ -137,12 +140,13 @@ pub(super) struct Mould<'a> {
     pub(super) dev: BorrowedFd<'a>,
     pub(super) filters: &'a Filters,
     pub(super) tally: &'a Rc<Tally>,
+    pub(super) nets: &'a mut Nets,
 }
 
 impl Boxed {
     /// Clones a box and lets it park. On failure gives the groups back.
     pub(super) fn make(mould: Mould<'_>) -> Result<Self, Box<(Group, Fault)>> {
-        let Mould { slot, shape, uid_base, group, dev, filters, tally } = mould;
+        let Mould { slot, shape, uid_base, group, dev, filters, tally, nets } = mould;
         let made = (|| -> io::Result<_> {
             let dev = sys::clone_tree(dev, "", false)?;
             let (ours, theirs) = packet::pair()?;
@@ -152,21 +156,24 @@ impl Boxed {
             // The creator of a user namespace pays for what is counted by user (inotify instances, pending
             // signals, processes of RLIMIT_NPROC). So each box is created by its own user, or one box
             // could use up root's and with it everybody's.
+            let net = nets.enter_spare()?;
             sys::set_effective_uid(uid_base)?;
             // SAFETY: the spawner has one thread, always.
             let cloned = unsafe { fork::clone_process(flags, into.as_ref().map(AsFd::as_fd)) };
-            if !matches!(cloned, Ok(Cloned::Child)) {
-                sys::set_effective_uid(0)?;
+            if matches!(cloned, Ok(Cloned::Child)) {
+                let (control, has_net) = (theirs, net.is_some());
+                inside::run_box(inside::Setup { control, dev, doors, filters, has_net })
+            }
+            sys::set_effective_uid(0)?;
+            if net.is_some() {
+                nets.leave()?;
             }
             match cloned? {
-                Cloned::Child => {
-                    let control = theirs;
-                    inside::run_box(inside::Setup { control, dev, doors, filters })
-                }
-                Cloned::Parent { pid, pidfd } => Ok((ours, pid, pidfd)),
+                Cloned::Child => Err(io::ErrorKind::Unsupported.into()),
+                Cloned::Parent { pid, pidfd } => Ok((ours, pid, pidfd, net)),
             }
         })();
-        let (control, pid, pidfd) = match made {
+        let (control, pid, pidfd, net) = match made {
             Ok(parts) => parts,
             Err(e) => return Err(Box::new((group, Fault::os("clone a box", &e)))),
         };
@@ -178,6 +185,7 @@ impl Boxed {
                 pidfd,
                 control,
                 userns: Some(userns),
+                net,
                 group,
                 entry: Entry::new(tally, shape, slot),
                 made_at: Instant::now(),

@@ -8,6 +8,7 @@
 
 mod asks;
 mod boxes;
+mod nets;
 mod pool;
 mod root;
 mod setup;
@@ -81,6 +82,7 @@ pub(crate) struct Spawning {
     by_id: HashMap<SandboxId, u32>,
     free_slots: Vec<u32>,
     groups: HashMap<u32, Group>,
+    nets: nets::Nets,
     waiting: VecDeque<Waiting>,
     exited: VecDeque<Exited>,
     next_number: u64,

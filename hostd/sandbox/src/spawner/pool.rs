@@ -14,6 +14,9 @@ use crate::spec::{Config, Event, Exited, PoolState, Shape, UIDS_A_BOX};
 
 /// Boxes being made at once. Each does its own work on whatever core is free.
 const PREPARING_MAX: usize = 4;
+/// A program that was just executed gets this long before boxes are made again, unless a pool is half empty: what
+/// makes a box would take the core from under its first instructions.
+const QUIET: Duration = Duration::from_micros(500);
 const BACK_OFF_FIRST: Duration = Duration::from_millis(10);
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);
 
@@ -21,16 +24,26 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(5);
 pub(super) struct Refill {
     not_before: Option<Instant>,
     back_off: Duration,
+    quiet_until: Option<Instant>,
 }
 
 impl Refill {
     pub(super) fn new() -> Self {
-        Self { not_before: None, back_off: BACK_OFF_FIRST }
+        Self { not_before: None, back_off: BACK_OFF_FIRST, quiet_until: None }
     }
 
     fn failed(&mut self) {
         self.not_before = Some(Instant::now() + self.back_off);
         self.back_off = (self.back_off * 2).min(BACK_OFF_MAX);
+    }
+
+    /// A program was executed.
+    pub(super) fn hush(&mut self) {
+        self.quiet_until = Some(Instant::now() + QUIET);
+    }
+
+    fn quiet_for(&self, now: Instant) -> Duration {
+        self.quiet_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
     }
 
     pub(super) fn succeeded(&mut self) {
@@ -45,7 +58,7 @@ pub(super) fn limits_of(shape: &Shape) -> GroupLimits {
 
 impl Spawning {
     /// The shape that lacks boxes most, if one may be made now.
-    fn shape_in_need(&self) -> Option<usize> {
+    fn shape_in_need(&self, launching: bool) -> Option<usize> {
         if self.stopping.is_some() || self.free_slots.is_empty() {
             return None;
         }
@@ -55,7 +68,6 @@ impl Spawning {
         }
         // A box that is being made takes the core of one that is being launched: while one is, only
         // the emptier half of a pool is filled.
-        let launching = self.tally.total(State::Starting) > 0;
         let lack = |shape: usize| {
             let name = &self.config.shapes[shape].name;
             let waiting = self.waiting.iter().filter(|w| w.claim.shape == *name).count();
@@ -70,16 +82,26 @@ impl Spawning {
     }
 
     pub(super) fn refill_due(&self, now: Instant) -> Option<Duration> {
-        self.shape_in_need()?;
-        Some(self.refill.not_before.map_or(Duration::ZERO, |t| t.saturating_duration_since(now)))
+        let launching = self.tally.total(State::Starting) > 0;
+        let quiet = self.refill.quiet_for(now);
+        let held =
+            self.refill.not_before.map_or(Duration::ZERO, |t| t.saturating_duration_since(now));
+        if self.shape_in_need(launching || !quiet.is_zero()).is_some() {
+            return Some(held);
+        }
+        self.shape_in_need(launching)?;
+        Some(held.max(quiet))
     }
 
     /// Makes at most one box.
     pub(super) fn refill(&mut self) {
-        if self.refill.not_before.is_some_and(|t| t > Instant::now()) {
+        let now = Instant::now();
+        if self.refill.not_before.is_some_and(|t| t > now) {
             return;
         }
-        let Some(shape) = self.shape_in_need() else { return };
+        let launching = self.tally.total(State::Starting) > 0;
+        let busy = launching || !self.refill.quiet_for(now).is_zero();
+        let Some(shape) = self.shape_in_need(busy) else { return };
         if let Err(why) = self.make_box(shape) {
             super::log(format_args!("a box could not be made, trying again later: {why}"));
             self.refill.failed();
@@ -109,6 +131,7 @@ impl Spawning {
             dev: self.dev.as_fd(),
             filters: &self.filters,
             tally: &self.tally,
+            nets: &mut self.nets,
         });
         match made {
             Ok(built) => {
@@ -156,7 +179,10 @@ impl Spawning {
             return;
         }
         while self.listen_to(slot) {}
-        let Some(built) = self.boxes.remove(&slot) else { return };
+        let Some(mut built) = self.boxes.remove(&slot) else { return };
+        if let Some(net) = built.net.take() {
+            self.nets.give_back(net);
+        }
         let _ = epoll::delete(&self.epoll, &built.control);
         let _ = epoll::delete(&self.epoll, &built.pidfd);
         let stats = built.group.stats();

@@ -98,6 +98,7 @@ fn prepare() -> Result<Spawning, String> {
         by_id: HashMap::new(),
         free_slots: (0..slots).rev().collect(),
         groups: HashMap::new(),
+        nets: super::nets::Nets::new().map_err(say("network namespace"))?,
         waiting: VecDeque::new(),
         exited: VecDeque::new(),
         next_number: 1,

@@ -86,6 +86,9 @@ impl Spawning {
                 let built = self.in_state(slot, State::Preparing)?;
                 built.entry.enter(State::Parked);
                 built.was_ready = true;
+                if built.net.is_none() {
+                    built.net = super::nets::Nets::of(built.pid);
+                }
                 let shape = built.shape;
                 self.tell_if_empty(shape, 1);
                 self.refill.succeeded();
@@ -141,6 +144,7 @@ impl Spawning {
         match copies.collect::<io::Result<Vec<_>>>() {
             Ok(fds) => {
                 built.entry.enter(State::Running);
+                self.refill.hush();
                 self.answer(from, Answer::Started { pid, slot, steps, stdio }, fds);
             }
             Err(e) => {
