@@ -31,6 +31,9 @@ pub(crate) struct At {
     pub(crate) follow: bool,
 }
 
+/// One kind and a name of up to 255 bytes: a box whose watcher sends longer ones is not believed.
+const WATCH_RECORD_BYTES_MAX: usize = 257;
+
 /// What is left to answer: nothing, if the stream has had all that it gets.
 type Served = Result<Option<Answer>, Fault>;
 
@@ -225,6 +228,44 @@ pub(crate) async fn write_file(
             }
         }
     }
+}
+
+/// Tells changes of files until there is nobody to tell, or nothing to watch (PROTOCOL 7.5).
+pub(crate) async fn watch(
+    cell: &Rc<HostCell>,
+    who: &Who,
+    id: SandboxId,
+    path: String,
+    send: &mut SendStream,
+) -> Served {
+    let note = find_used(cell, who, id)?;
+    let told = real::watch(cell, &note, path).await?;
+    let said = async {
+        stream::answer(send, &Answer::Done).await?;
+        // The box writes whole records, but a read may end within one.
+        let mut begun = BytesMut::new();
+        loop {
+            let read = tokio::select! {
+                read = told.read() => read,
+                // Who closes the stream stops watching; the box's end notices by the pipe.
+                _ = send.stopped() => return Ok(()),
+            };
+            match read {
+                Ok(bytes) if !bytes.is_empty() => begun.extend_from_slice(&bytes),
+                _ => break,
+            }
+            while let Some(end) = begun.iter().position(|byte| *byte == 0) {
+                let record = begun.split_to(end + 1);
+                stream::write_frame(send, Kind::Data, &record[..end]).await?;
+            }
+            if begun.len() > WATCH_RECORD_BYTES_MAX {
+                break;
+            }
+        }
+        stream::write_frame(send, Kind::End, &[]).await
+    };
+    let _: Result<(), StreamLost> = said.await;
+    Ok(None)
 }
 
 /// Passes a TCP port's bytes both ways.

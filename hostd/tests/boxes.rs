@@ -15,7 +15,7 @@ use common::{block_on, call, inspect, launch, request, started};
 use place::{Place, attach_all, exec_all, exited, fault_of};
 use wire::{
     Code,
-    call::{Answer, Call, ExecRequest, Exit, ExitWhy, FileOp, MAIN_PROCESS, State},
+    call::{Answer, Call, ChangeKind, ExecRequest, Exit, ExitWhy, FileOp, MAIN_PROCESS, State},
     frame::Kind,
     launch::{LaunchReply, Limits},
 };
@@ -203,7 +203,18 @@ fn files_go_in_and_out() {
             panic!()
         };
         assert_eq!(stat[0].mode & 0o170_777, 0o100_640);
+        // PROTOCOL 7.5: a watch tells changes until what it watches is gone.
+        let watch = op(FileOp::Watch("/tmp/new".into()));
+        let (answer, _send, mut changes) =
+            stream::open_on_behalf(&placer, "acme", &watch).await.unwrap();
+        assert_eq!(answer, Answer::Done);
         assert_eq!(call(&placer, &op(FileOp::Remove("/tmp/new".into()))).await, Ok(Answer::Done));
+        let told = place::read_changes(&mut changes).await;
+        assert!(told.contains(&(ChangeKind::Removed, "b".to_owned())), "{told:?}");
+        assert_eq!(told.last(), Some(&(ChangeKind::Removed, String::new())), "{told:?}");
+        let missing = op(FileOp::Watch("/none".into()));
+        let missing = stream::open_on_behalf(&placer, "acme", &missing).await.unwrap_err();
+        assert_eq!(missing.code, Code::NotFound);
         let gone = place::read_file(&placer, id, &path("b")).await.unwrap_err();
         assert_eq!(gone.code, Code::NotFound);
     });

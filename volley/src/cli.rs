@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::{
     attach, bench, dev, doctor, failure::Failure, files, host, image, init, logs, map, port, role,
-    run, sandbox, store,
+    run, sandbox, store, watch,
 };
 
 const EXAMPLES: &str = "\
@@ -71,6 +71,8 @@ enum Command {
     Stats(sandbox::StatsFlags),
     /// Copies files into and out of a sandbox.
     Cp(files::CopyFlags),
+    /// Tells changes of a file or directory of a sandbox as they happen.
+    Watch(watch::Flags),
     /// Opens a local port to a port in a sandbox.
     Port(port::Flags),
 
@@ -147,6 +149,7 @@ impl Command {
             Self::Extend(flags) => done(sandbox::extend(&flags)),
             Self::Stats(flags) => done(sandbox::stats(&flags)),
             Self::Cp(flags) => done(files::copy(&flags)),
+            Self::Watch(flags) => done(watch::run(&flags)),
             Self::Port(flags) => done(port::run(&flags)),
             Self::Image(command) => done(image::run(command)),
             Self::Host(command) => done(host::run(command)),

@@ -28,6 +28,7 @@ mod sandbox;
 mod show;
 mod store;
 mod terminal;
+mod watch;
 
 use std::process::ExitCode;
 

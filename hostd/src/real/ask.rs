@@ -226,6 +226,15 @@ pub(crate) async fn open_write(
     open(cell, note, BoxOp::Write { path, mode, append: false }).await
 }
 
+/// Watches a file or directory: records of a kind, a name and a zero byte come out of the pipe.
+///
+/// # Errors
+/// Why it is not watched.
+pub(crate) async fn watch(cell: &HostCell, note: &Note, path: String) -> Result<Pipe, Fault> {
+    let told = open(cell, note, BoxOp::Watch { path }).await?;
+    Pipe::new(told).map_err(|error| os_fault("hear of changes", &error))
+}
+
 /// What is done with files in one question and one answer.
 ///
 /// # Errors
@@ -237,10 +246,7 @@ pub(crate) async fn file(cell: &HostCell, note: &Note, op: FileOp) -> Result<Ans
         FileOp::MakeDir(path) => BoxOp::MakeDirectory { path, mode: 0o755 },
         FileOp::Remove(path) => BoxOp::Remove { path, recursive: true },
         FileOp::Rename { from, to } => BoxOp::Rename { from, to },
-        FileOp::Watch(_) => {
-            return Err(Fault::new(Code::Unsupported, "files cannot be watched yet"));
-        }
-        FileOp::Read(_) | FileOp::Write { .. } => {
+        FileOp::Read(_) | FileOp::Write { .. } | FileOp::Watch(_) => {
             return Err(Fault::new(Code::Internal, "a call that streams came to the wrong place"));
         }
     };

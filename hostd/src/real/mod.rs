@@ -29,7 +29,7 @@ pub(crate) use self::{
     adopt::adopt,
     ask::{
         connect, connect_fd, end_input, exec, file, open_read, open_write, os_fault, resize,
-        signal, stats,
+        signal, stats, watch,
     },
     start::start,
 };

@@ -16,7 +16,7 @@ use quinn::{Connection, RecvStream};
 use tokio_util::sync::CancellationToken;
 use wire::{
     Fault, SandboxId,
-    call::{Answer, Call, ExecRequest, Exit, FileOp},
+    call::{Answer, Call, ChangeKind, ExecRequest, Exit, FileChange, FileOp},
     frame::Kind,
     launch::LaunchReply,
 };
@@ -443,4 +443,20 @@ pub(crate) async fn converse(connection: &Connection, sandbox: SandboxId, word: 
     let mut said = String::new();
     read_until(&mut recv, &mut said, &format!("{}\n", word.to_uppercase())).await;
     said.lines().last().unwrap_or_default().to_owned()
+}
+
+/// What a watch tells, to its end.
+pub(crate) async fn read_changes(recv: &mut RecvStream) -> Vec<(ChangeKind, String)> {
+    let (mut changes, mut scratch) = (Vec::new(), BytesMut::new());
+    loop {
+        let frame = stream::read_frame(recv, &mut scratch);
+        match tokio::time::timeout(Duration::from_secs(10), frame).await.unwrap().unwrap() {
+            Some((Kind::Data, payload)) => {
+                let change = FileChange::from_frame_bytes(&payload).unwrap();
+                changes.push((change.kind, String::from_utf8(change.name).unwrap()));
+            }
+            Some((Kind::End, _)) => return changes,
+            other => panic!("{other:?} after {changes:?}"),
+        }
+    }
 }

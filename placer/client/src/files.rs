@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::Stream;
 use wire::{
-    call::{Answer, Call, FileOp, FileRecord},
+    call::{Answer, Call, FileChange, FileOp, FileRecord},
     frame::Kind,
 };
 
@@ -121,6 +121,31 @@ impl Sandbox {
     pub async fn rename(&self, from: &str, to: &str) -> Result<(), CallError> {
         let op = FileOp::Rename { from: from.to_owned(), to: to.to_owned() };
         self.client.ask_done(&self.file(op)).await
+    }
+
+    /// Changes of a file, or of what is in a directory (not beneath it), from now on. Ends when what is watched is
+    /// gone, or with the sandbox; drop it to stop.
+    ///
+    /// # Errors
+    /// [`CallError`], at once or within the stream.
+    pub async fn watch(
+        &self,
+        path: &str,
+    ) -> Result<impl Stream<Item = Result<FileChange, CallError>> + Send + 'static, CallError> {
+        let watcher = self.open_file(FileOp::Watch(path.to_owned())).await?;
+        Ok(futures::stream::unfold(Some(watcher), |watcher| async move {
+            let mut watcher = watcher?;
+            Some(match watcher.frame().await {
+                Ok(Some((Kind::Data, said))) => match FileChange::from_frame_bytes(&said) {
+                    Ok(change) => (Ok(change), Some(watcher)),
+                    Err(_) => (Err(CallError::protocol("a change that is none")), None),
+                },
+                Ok(Some((Kind::End, _))) => return None,
+                Ok(Some(_)) => (Err(CallError::protocol("a frame that no watch sends")), None),
+                Ok(None) => (Err(CallError::lost("it ended within the watch")), None),
+                Err(error) => (Err(error), None),
+            })
+        }))
     }
 
     const fn file(&self, op: FileOp) -> Call {
