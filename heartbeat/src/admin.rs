@@ -1,7 +1,7 @@
-//! Operators' calls, over QUIC: hosts, drain, undrain, ping.
+//! Operators' calls, over QUIC: hosts, drain, undrain, ping; and tenants' lists of sandboxes.
 //!
-//! Placers may call as well (PROTOCOL 8.3): they pass on what operators ask of them. A list of hosts goes on over as
-//! many `Answer` frames as it needs, and an `End` frame closes it (PROTOCOL 7.8).
+//! Placers may call as well (PROTOCOL 8.3): they pass on what operators, and for lists tenants, ask of them. A list of
+//! hosts goes on over as many `Answer` frames as it needs, and an `End` frame closes it (PROTOCOL 7.8).
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use wire_net::{
     stream::{self, StreamLost},
 };
 
-use crate::{hub::Drains, shards::Shards, shards::wall_ms};
+use crate::{hub::Drains, recorded, shards::Shards, shards::wall_ms, store::Store};
 
 /// A caller that sends nothing is let go after this.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -30,6 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Admin {
     pub(crate) shards: Shards,
     pub(crate) drains: Arc<Drains>,
+    pub(crate) store: Arc<dyn Store>,
 }
 
 impl Admin {
@@ -104,6 +105,10 @@ impl Admin {
                     .host(host)
                     .await
                     .map_or_else(Answer::Fault, |record| Answer::Hosts(vec![record]));
+            }
+            Call::ListRecorded { tenant, labels, ended } => {
+                let listed = recorded::list(&*self.store, &tenant, &labels, ended).await;
+                return listed.unwrap_or_else(Answer::Fault);
             }
             Call::Drain { host, deadline_ms, message } => {
                 self.drain(host, deadline_ms, message).await

@@ -17,6 +17,7 @@ pub mod hub;
 mod metrics;
 pub mod publisher;
 pub mod receiver;
+pub mod recorded;
 mod run;
 pub mod scanner;
 pub mod shards;

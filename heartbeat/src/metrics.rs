@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     hub::HubFigures,
     publisher::PublishFigures,
+    recorded::RecordFigures,
     scanner::ScanFigures,
     shards::{Figures, Shards},
 };
@@ -29,6 +30,7 @@ pub(crate) struct Metrics {
     store: Gauges,
     feed: Gauges,
     map: Gauges,
+    records: Gauges,
 }
 
 /// Where the figures are.
@@ -38,6 +40,7 @@ pub(crate) struct Sources {
     pub(crate) hub: Arc<HubFigures>,
     pub(crate) scan: Arc<ScanFigures>,
     pub(crate) publish: Arc<PublishFigures>,
+    pub(crate) records_kept: Arc<RecordFigures>,
 }
 
 impl Metrics {
@@ -48,14 +51,18 @@ impl Metrics {
             registry.register(name, help, family.clone());
             family
         };
-        let (datagrams, hosts, store, feed, map) = (
+        let (datagrams, hosts, store, feed, map, records) = (
             family("datagrams", "Datagrams since the start, by what became of them"),
             family("hosts", "Hosts by standing, and what their records take"),
             family("store", "Rows that wait, and how the store does"),
             family("feed", "Placers that are fed, what they were sent and what they reported"),
             family("map", "The map that was published here last"),
+            family(
+                "sandbox_records",
+                "Records of sandboxes since the start, by what became of them",
+            ),
         );
-        Self { registry: Arc::new(registry), datagrams, hosts, store, feed, map }
+        Self { registry: Arc::new(registry), datagrams, hosts, store, feed, map, records }
     }
 
     /// Keeps the figures fresh until `stop`.
@@ -89,6 +96,7 @@ impl Metrics {
             ("full", sum(|f| f.counters.full)),
             ("directives_sent", sum(|f| f.counters.directives)),
             ("from_placers", sum(|f| f.counters.placers)),
+            ("records", sum(|f| f.counters.records)),
             ("placers_dropped", sum(|f| f.events_lost)),
             ("handed_on", sum(|f| f.handed_on)),
             ("relayed", sum(|f| f.relayed)),
@@ -107,7 +115,16 @@ impl Metrics {
 
     fn set_others(&self, sources: &Sources) {
         let load = |figure: &std::sync::atomic::AtomicU64| figure.load(Ordering::Relaxed);
-        let Sources { hub, scan, publish, .. } = sources;
+        let Sources { hub, scan, publish, records_kept, .. } = sources;
+        for (what, figure) in [
+            ("heard", &records_kept.heard),
+            ("refused", &records_kept.refused),
+            ("dropped", &records_kept.dropped),
+            ("written", &records_kept.written),
+            ("failed", &records_kept.failed),
+        ] {
+            set(&self.records, what, load(figure));
+        }
         set(&self.hosts, "alive", load(&scan.alive));
         set(&self.hosts, "suspect", load(&scan.suspect));
         set(&self.hosts, "draining", load(&scan.draining));

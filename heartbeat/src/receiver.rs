@@ -20,11 +20,17 @@ use heartbeat_core::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use wire::{
-    CapacityWord, Fault, HostId, feed::Subscribe, map::HostAddr, report::FailureReport,
+    CapacityWord, Fault, HostId,
+    datagram::PREFIX_BYTES,
+    feed::Subscribe,
+    limits::{DATAGRAM_BYTES_MAX, TAG_BYTES},
+    map::HostAddr,
+    report::FailureReport,
     seal::KeyEpoch,
 };
 use wire_net::udp::{Receiver, Sender};
 
+use crate::recorded::HeardRecords;
 use crate::shards::{Ask, Clock, Figures};
 
 /// How long a receiver waits for datagrams before it looks at its inbox.
@@ -98,6 +104,7 @@ pub(crate) struct Outlets {
     pub(crate) events: mpsc::Sender<Event>,
     pub(crate) news: mpsc::Sender<Vec<(HostId, CapacityWord)>>,
     pub(crate) batches: mpsc::Sender<(usize, Batch)>,
+    pub(crate) records: mpsc::Sender<HeardRecords>,
 }
 
 /// All ends of one receiver thread.
@@ -130,13 +137,23 @@ struct Taker {
     handover: Handover,
     events: mpsc::Sender<Event>,
     relay: Relay,
+    records: mpsc::Sender<HeardRecords>,
     events_lost: u64,
     handed_on: u64,
 }
 
 impl Taker {
+    /// Takes a datagram that is too long to be gathered: records of sandboxes, or nothing of ours.
+    fn take_long(&mut self, now_ms: u64, bytes: &[u8]) {
+        let mut out = [0; DATAGRAM_BYTES_MAX];
+        if let Heard::Records(host) = self.shard.handle_datagram(now_ms, bytes, &mut out) {
+            let body = bytes[PREFIX_BYTES..bytes.len() - TAG_BYTES].to_vec();
+            self.events_lost += u64::from(self.records.try_send((host, body)).is_err());
+        }
+    }
+
     fn take(&mut self, now_ms: u64, gathered: &mut Gathered<SocketAddr>) {
-        let Self { shard, sender, handover, events, relay, events_lost, handed_on } = self;
+        let Self { shard, sender, handover, events, relay, events_lost, handed_on, .. } = self;
         let store_away = relay.store_away;
         let peers = Arc::clone(&relay.peers);
         let relayed = |from: &SocketAddr| peers.contains(from);
@@ -150,7 +167,8 @@ impl Taker {
                     relay.send(now_ms, sender, bytes);
                 }
                 let event = match heard {
-                    Heard::Nothing => return,
+                    // Records never come here: the shortest is longer than what is gathered.
+                    Heard::Nothing | Heard::Records(_) => return,
                     Heard::Directive(_) => {
                         let _ = sender.push(answer, from);
                         return;
@@ -209,6 +227,7 @@ pub(crate) fn spawn(
         handover,
         events: outlets.events.clone(),
         relay,
+        records: outlets.records.clone(),
         events_lost: 0,
         handed_on: 0,
     };
@@ -261,7 +280,9 @@ impl Thread {
         let mut now_ms = None;
         let heard = receiver.recv(PATIENCE, |bytes, from| {
             let now_ms = *now_ms.get_or_insert_with(|| clock.now_ms());
-            if gathered.push(bytes, from) {
+            if bytes.len() > GATHERED_BYTES {
+                taker.take_long(now_ms, bytes);
+            } else if gathered.push(bytes, from) {
                 taker.take(now_ms, gathered);
             }
         });

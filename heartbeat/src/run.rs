@@ -24,6 +24,7 @@ use crate::{
     metrics::{Metrics, Sources},
     publisher::{PublishFigures, Publisher},
     receiver::{self, Ends, Event, Outlets, Pauses, Relay},
+    recorded::{self, HeardRecords, Recorder},
     scanner::{self, ScanFigures, Scanner, Watcher},
     shards::{Ask, Clock, INBOX, Shards},
     store::{self, Store, StoreError},
@@ -187,6 +188,7 @@ struct Inlets {
     events: mpsc::Receiver<Event>,
     news: mpsc::Receiver<Vec<(HostId, CapacityWord)>>,
     batches: mpsc::Receiver<(usize, Batch)>,
+    records: mpsc::Receiver<HeardRecords>,
 }
 
 /// Receiver threads that run.
@@ -218,7 +220,9 @@ fn start_receivers(
     let (events, events_in) = mpsc::channel(EVENTS);
     let (news, news_in) = mpsc::channel(NEWS);
     let (batches, batches_in) = mpsc::channel(BATCHES);
-    let inlets = Inlets { events: events_in, news: news_in, batches: batches_in };
+    let (records, records_in) = mpsc::channel(recorded::QUEUE);
+    let inlets =
+        Inlets { events: events_in, news: news_in, batches: batches_in, records: records_in };
     let pauses = Pauses { feed_ms: config.feed_ms, flush_ms: config.flush_ms };
     let (of, stop) = (config.shards(), CancellationToken::new());
     let handover = receiver::handover(of);
@@ -227,8 +231,12 @@ fn start_receivers(
     for (at, receiver) in (0..of).zip(receivers) {
         let (inbox, asks) = mpsc::channel(INBOX);
         inboxes.push(inbox);
-        let outlets =
-            Outlets { events: events.clone(), news: news.clone(), batches: batches.clone() };
+        let outlets = Outlets {
+            events: events.clone(),
+            news: news.clone(),
+            batches: batches.clone(),
+            records: records.clone(),
+        };
         let shard = Shard::new(at, of, keys.clone(), config.interval_ms);
         let relay = Relay::new(Arc::clone(&peers));
         let handover = Arc::clone(&handover);
@@ -289,9 +297,14 @@ pub async fn start(config: Config, stop: CancellationToken) -> Result<Running, F
             return Err(error.into());
         }
     };
+    let admin_store = Arc::clone(&store);
     let parts = Parts { config: &config, store, objects, keys, aggregator, clock, sender };
     let sources = spawn_parts(&running, parts, threads.inlets).await;
-    let calls = Admin { shards: running.shards.clone(), drains: Arc::clone(&running.drains) };
+    let calls = Admin {
+        shards: running.shards.clone(),
+        drains: Arc::clone(&running.drains),
+        store: admin_store,
+    };
     running.tasks.spawn(calls.serve(endpoint, stop.clone()));
     let metrics = Metrics::new();
     if let Some(listener) = listener {
@@ -332,6 +345,7 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         hub: Arc::new(HubFigures::default()),
         scan: Arc::new(ScanFigures::default()),
         publish: Arc::new(PublishFigures::default()),
+        listing: Arc::default(),
     };
     let hub = Hub {
         shards: shards.clone(),
@@ -343,6 +357,8 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         figures: Arc::clone(&sources.hub),
     };
     tasks.spawn(hub.run(inlets.events, inlets.news, stop.clone()));
+    let recorder = Recorder::new(Arc::clone(&store), Arc::clone(&sources.listing));
+    tasks.spawn(recorder.run(inlets.records, stop.clone()));
     tasks.spawn(writer::write_all(Arc::clone(&store), shards.clone(), inlets.batches));
     let scanner = Scanner {
         store: Arc::clone(&store),

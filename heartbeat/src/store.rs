@@ -1,11 +1,12 @@
 //! The fleet's state outside any process: a trait with two real stores behind it.
 //!
 //! Queries are planned once, and there are no others: upsert a batch of one partition, read two words by key, scan in
-//! parts, take the lease, keep drains. All writes of one host are ordered by [`Row::written`], and a store keeps the
+//! parts, take the lease, keep drains, keep and read a partition of a tenant's sandboxes. All writes of one host are ordered by [`Row::written`], and a store keeps the
 //! highest: so an older heartbeat never overwrites a newer one, whoever writes last (DESIGN 1, invariant 3).
 
 pub mod embedded;
 mod late;
+pub mod listed;
 mod said;
 pub mod scylla;
 
@@ -81,6 +82,18 @@ pub trait Store: Send + Sync {
 
     /// Ends one.
     fn clear_drain(&self, host: HostId) -> Doing<'_, ()>;
+
+    /// Writes records of sandboxes, all of one tenant and partition ([`listed::Kept::partition`]). Newer ones stay
+    /// (PROTOCOL 9.2), and each is gone `RECORD_LIVES_MS` after it was written.
+    fn keep_sandboxes<'a>(&'a self, batch: &'a [listed::Kept]) -> Doing<'a, ()>;
+
+    /// Up to `max` records of one partition of a tenant.
+    fn sandboxes<'a>(
+        &'a self,
+        tenant: &'a str,
+        partition: u8,
+        max: usize,
+    ) -> Doing<'a, Vec<listed::Kept>>;
 
     /// Checks that it is there and has what we need; what was found, for a person.
     fn check(&self) -> Doing<'_, String>;

@@ -15,7 +15,13 @@ use wire::{Seq, limits::DATAGRAM_BYTES_MAX};
 use wire_net::tls::SenderKeys;
 
 use crate::{
-    clock, host::HostCell, metrics::Metrics, metrics::count, persist::Kept, runtime::spawn,
+    clock,
+    host::HostCell,
+    metrics::Metrics,
+    metrics::count,
+    persist::Kept,
+    records::{self, Teller},
+    runtime::spawn,
 };
 
 /// Counts are published this often.
@@ -33,6 +39,8 @@ pub(crate) struct Timer {
     pub(crate) identity: PathBuf,
     /// The process's counters.
     pub(crate) metrics: Metrics,
+    /// Milliseconds between records of sandboxes; zero for none.
+    pub(crate) records_ms: u64,
     /// When to end.
     pub(crate) stop: CancellationToken,
 }
@@ -44,11 +52,15 @@ impl Timer {
         let (mut told, mut publish_ms) = (0, 0);
         let mut input = [0; DATAGRAM_BYTES_MAX + 1];
         let mut reserving = false;
+        let mut teller = Teller::new(&self.cell, clock::now_ms(), self.records_ms);
         while !self.stop.is_cancelled() {
             let now_ms = clock::now_ms();
             self.cell.act(now_ms);
             self.beat(now_ms, rng.next_u64()).await;
             self.reserve(&mut reserving);
+            for (datagram, to) in teller.due(&self.cell, now_ms) {
+                records::sent(&self.cell, self.socket.send_to(&datagram, to).await);
+            }
             if now_ms >= publish_ms {
                 publish_ms = now_ms + PUBLISH_MS;
                 self.metrics.publish(&self.cell.counts);

@@ -49,6 +49,9 @@ pub(crate) async fn serve(
         Call::File { sandbox, op: FileOp::Write { path, mode } } => {
             streams::write_file(&cell, &who, sandbox, path, mode, &mut recv).await.map(Some)
         }
+        Call::File { sandbox, op: FileOp::Watch(path) } => {
+            streams::watch(&cell, &who, sandbox, path, &mut send).await
+        }
         Call::Port { sandbox, port } => {
             streams::port(&cell, &who, sandbox, port, &mut send, &mut recv).await
         }
@@ -116,7 +119,7 @@ async fn simple(cell: &Rc<HostCell>, who: &Who, call: Call) -> Result<Answer, Fa
             cell.act(now_ms);
             Ok(Answer::Done)
         }
-        Call::Hosts | Call::Host(_) => {
+        Call::Hosts | Call::Host(_) | Call::ListRecorded { .. } => {
             let text = "a host knows no other host: ask an aggregator";
             Err(Fault::new(Code::Unsupported, text))
         }

@@ -110,6 +110,9 @@ pub struct Config {
     pub aggregators: Vec<SocketAddr>,
     /// Milliseconds between heartbeats until a directive says otherwise.
     pub interval_ms: u32,
+    /// Milliseconds between two sendings of what changed of sandboxes, for lists; zero never. Absent: 1,000 with real
+    /// boxes, never without.
+    pub records_ms: Option<u64>,
     /// Share of the free slots that is not told to the fleet.
     pub margin_percent: u8,
     /// Whether sandboxes are real.
@@ -175,6 +178,7 @@ impl Default for Config {
             engine: Engine::Auto,
             aggregators: Vec::new(),
             interval_ms: 15_000,
+            records_ms: None,
             margin_percent: 0,
             boxes: Boxes::Real,
             noop_ms: None,
@@ -203,6 +207,12 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Milliseconds between records of sandboxes.
+    #[must_use]
+    pub fn records_ms(&self) -> u64 {
+        self.records_ms.unwrap_or(if self.boxes == Boxes::Real { 1_000 } else { 0 })
+    }
+
     /// The hosts to serve: those listed, else the one.
     #[must_use]
     pub fn hosts(&self) -> Vec<HostConfig> {

@@ -23,6 +23,7 @@ mod note;
 mod persist;
 mod process;
 mod real;
+mod records;
 mod run;
 mod runtime;
 mod streams;

@@ -55,6 +55,8 @@ counts! {
     heartbeats: "Heartbeats sent";
     /// Heartbeats that the kernel refused.
     heartbeats_unsent: "Heartbeats that the kernel did not send";
+    /// Datagrams of sandboxes' records.
+    records: "Datagrams of sandboxes' records sent beside heartbeats";
     /// Directives.
     directives: "Directives obeyed";
     /// Directives ignored.

@@ -251,6 +251,7 @@ impl Process<'_> {
             kept,
             identity: host.identity.clone(),
             metrics: self.metrics.clone(),
+            records_ms: self.config.records_ms(),
             stop: self.stop.clone(),
         };
         Ok((cell, endpoint, timer))

@@ -1,8 +1,9 @@
 //! Calls besides launches: passed on to the host that must answer, or to all, or to an aggregator.
 //!
 //! A sandbox's id says where it is, so that no placer keeps a table of sandboxes. The host is told in whose name the call is
-//! made and answers for that tenant's sandboxes only (PROTOCOL 7.3). A list asks every host, with bounded concurrency: for
-//! fleets of up to `list_hosts_max` hosts (DESIGN.md).
+//! made and answers for that tenant's sandboxes only (PROTOCOL 7.3). A list is answered
+//! by an aggregator, from records; one that asks for more asks every host, with bounded concurrency, in fleets of up to
+//! `list_hosts_max` hosts (DESIGN.md).
 
 use std::{rc::Rc, time::Duration};
 
@@ -133,6 +134,14 @@ impl Worker {
                 }
                 self.list(call, tenant).await
             }
+            Call::ListRecorded { tenant, .. } => {
+                // PROTOCOL 9.5.
+                if peer.tenant().is_some_and(|own| own != tenant) {
+                    let message = format!("{peer} may list its own sandboxes only");
+                    return Err(Fault::new(Code::Forbidden, message));
+                }
+                self.ask_aggregators(call).await
+            }
             Call::Hosts | Call::Host(_) | Call::Drain { .. } | Call::Undrain(_) => {
                 if *peer != Peer::Operator {
                     let message = format!("{peer} is no operator; nothing was done");
@@ -204,7 +213,7 @@ impl Worker {
         }
     }
 
-    /// Passes an operator's call on to the first aggregator that answers.
+    /// Passes a call on to the first aggregator that answers.
     async fn ask_aggregators(self: &Rc<Self>, call: &Call) -> Result<Answer, Fault> {
         let mut last = Fault::new(Code::Unsupported, "this placer knows no aggregator's `admin`");
         for addr in &self.shared.config.admin {

@@ -160,7 +160,21 @@ fn detached(fleet: &Fleet) {
     let id = ran.assert_done().trim().to_owned();
     assert!(id.starts_with("sb-"), "{id}");
 
-    let list = fleet.run(["ls", "-l", "job=42", "-o", "json"]);
+    // As hosts say it beside their heartbeats: soon.
+    let recorded = (0..100).find_map(|_| {
+        let list = fleet.run(["ls", "-l", "job=42", "-o", "json"]);
+        let list: serde_json::Value = serde_json::from_str(list.assert_done()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        list.as_array().is_some_and(|rows| rows.len() == 1).then(|| list[0].clone())
+    });
+    let recorded = recorded.expect("a list from records is right within ten seconds");
+    assert_eq!(
+        (recorded["sandbox"].as_str(), recorded["state"].as_str()),
+        (Some(&*id), Some("running"))
+    );
+    assert!(recorded["heard_ms"].as_u64().unwrap() < 10_000, "{recorded}");
+
+    let list = fleet.run(["ls", "--fresh", "-l", "job=42", "-o", "json"]);
     let list: serde_json::Value = serde_json::from_str(list.assert_done()).unwrap();
     assert_eq!(list[0]["sandbox"], id.as_str());
     assert_eq!(list[0]["state"], "running");
@@ -218,6 +232,22 @@ fn files(fleet: &Fleet) {
     let _ = fleet.run(["cp", &inside, back.to_str().unwrap()]).assert_done();
     assert_eq!(fs::read(back.join("b")).unwrap(), vec![7u8; 600_000]);
     fleet.run(["cp", &format!("{id}:/none"), "."]).assert_error("not-found", 3);
+    // What is watched and then removed ends the watch: it prints what happened in between.
+    let mut watch = fleet.command(["watch", &inside]);
+    let mut watch = watch.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = std::io::BufReader::new(watch.stdout.take().unwrap());
+    let mut line = String::new();
+    // Until the watch stands, nobody hears of files; so one is made until one is heard of.
+    let heard = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| std::io::BufRead::read_line(&mut said, &mut line));
+        while !reader.is_finished() {
+            let _ = fleet.run(["exec", &id, "--", "sh", "-c", "echo > /tmp/copy/seen"]);
+        }
+        reader.join().unwrap().unwrap()
+    });
+    assert!(heard > 0 && line.trim_end().ends_with("seen"), "{line:?}");
+    let _ = fleet.run(["exec", &id, "--", "rm", "-r", "/tmp/copy"]).assert_done();
+    assert!(watch.wait().unwrap().success());
     let _ = fleet.run(["kill", &id]).assert_done();
 }
 
@@ -240,7 +270,7 @@ fn refusals(fleet: &Fleet) {
         }
     }
     refused.expect("a fleet has an end").assert_error("no-capacity", 5);
-    let list = fleet.run(["ls", "-l", "large=1", "-o", "json"]);
+    let list = fleet.run(["ls", "--fresh", "-l", "large=1", "-o", "json"]);
     let list: serde_json::Value = serde_json::from_str(list.assert_done()).unwrap();
     let ids = list.as_array().unwrap().iter().map(|row| row["sandbox"].as_str().unwrap());
     let ids: Vec<_> = ids.collect();

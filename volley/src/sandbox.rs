@@ -8,7 +8,8 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 use volley_client::{
-    CallError, Exit, ExitWhy, Network, Published, Sandbox, SandboxId, SandboxRecord, State, Stats,
+    CallError, Exit, ExitWhy, Listed, Network, Published, Sandbox, SandboxId, SandboxRecord, State,
+    Stats,
 };
 
 use crate::{
@@ -21,7 +22,14 @@ use crate::{
 
 /// Flags of `volley ls`.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  volley ls\n  volley ls --all -l job=42 -o json")]
+#[command(after_help = "\
+Examples:
+  volley ls
+  volley ls --all -l job=42 -o json
+  volley ls --fresh
+
+Without --fresh the list is what hosts last said beside their heartbeats: a second or two behind, and HEARD says how
+long ago each was said.")]
 pub(crate) struct ListFlags {
     #[command(flatten)]
     client: ClientFlags,
@@ -30,6 +38,9 @@ pub(crate) struct ListFlags {
     /// Those that have ended as well, while they are remembered.
     #[arg(short, long)]
     all: bool,
+    /// Ask every host, in fleets small enough for that: as it is now, with all of its command and labels.
+    #[arg(long)]
+    fresh: bool,
     /// Those with this label. May be repeated.
     #[arg(short, long, value_name = "NAME=VALUE", value_parser = pair)]
     label: Vec<(String, String)>,
@@ -128,6 +139,9 @@ struct Row {
     exit: Option<ExitRow>,
     age_ms: u64,
     left_ms: u64,
+    /// Since its host said so; absent if it was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    heard_ms: Option<u64>,
     /// Egress rules; none: no egress.
     egress: Vec<String>,
     published: Vec<PublishedRow>,
@@ -188,6 +202,7 @@ impl From<SandboxRecord> for Row {
             exit,
             age_ms: record.age_ms,
             left_ms: record.left_ms,
+            heard_ms: None,
             egress: match record.network {
                 Network::None => Vec::new(),
                 Network::Egress(rules) if rules.is_empty() => vec!["any".to_owned()],
@@ -227,9 +242,22 @@ impl Row {
 /// `volley ls`.
 pub(crate) fn list(flags: &ListFlags) -> Result<(), Failure> {
     let session = Session::open(&flags.client)?;
-    let records = session.block(session.client().list(&flags.label, flags.all))?;
-    let rows: Vec<_> = records.into_iter().map(Row::from).collect();
-    let heads = ["SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "LABELS", "PORTS", "COMMAND"];
+    let client = session.client();
+    let rows: Vec<Row> = if flags.fresh {
+        let records = session.block(client.list(&flags.label, flags.all))?;
+        records.into_iter().map(Row::from).collect()
+    } else {
+        let recorded = session.block(client.list_recorded(&flags.label, flags.all));
+        let recorded = recorded.map_err(|error| {
+            Failure::from(error).hint("--fresh asks the hosts themselves, where the fleet is small")
+        })?;
+        if recorded.more {
+            eprintln!("there are more; these are the newest. Narrow the list by --label.");
+        }
+        let row = |listed: Listed| Row { heard_ms: Some(listed.heard_ms), ..listed.record.into() };
+        recorded.listed.into_iter().map(row).collect()
+    };
+    let heads = ["SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "HEARD", "LABELS", "PORTS", "COMMAND"];
     show::list(flags.output, &rows, heads, |row| {
         [
             row.sandbox.clone(),
@@ -238,6 +266,7 @@ pub(crate) fn list(flags: &ListFlags) -> Result<(), Failure> {
             row.state(),
             show::age(row.age_ms),
             row.left(),
+            row.heard_ms.map_or_else(|| "-".to_owned(), show::age),
             row.labels(),
             row.ports(),
             shortened(&row.command.join(" ")),

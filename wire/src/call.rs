@@ -112,6 +112,16 @@ pub enum Call {
     Ping,
     /// One host (operators). Answer: [`Answer::Hosts`] of one.
     Host(HostId),
+    /// Sandboxes as their hosts last said them to aggregators, newest first: no host is asked. Answer:
+    /// [`Answer::Listed`].
+    ListRecorded {
+        /// Those of this tenant. MUST NOT be empty.
+        tenant: String,
+        /// Those that have all of these labels.
+        labels: Vec<(String, String)>,
+        /// Those that have ended as well, while they are remembered.
+        ended: bool,
+    },
 }
 
 impl Call {
@@ -132,6 +142,7 @@ impl Call {
             | Self::File { sandbox, .. }
             | Self::Port { sandbox, .. } => Some(sandbox.host),
             Self::List { .. }
+            | Self::ListRecorded { .. }
             | Self::Hosts
             | Self::Drain { .. }
             | Self::Undrain(_)
@@ -203,8 +214,71 @@ pub enum FileOp {
         /// The new path.
         to: String,
     },
-    /// Answer: [`Answer::Done`], then a data frame a change (path and kind) until the stream ends.
+    /// A file, or a directory without those beneath it. Answer: [`Answer::Done`], then a data frame a change
+    /// ([`FileChange`]), and an end frame when what is watched is gone.
     Watch(String),
+}
+
+/// One change of what is watched. A data frame holds the kind's letter and then the name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileChange {
+    /// What happened.
+    pub kind: ChangeKind,
+    /// The name within the watched directory, as bytes; empty for what is watched itself.
+    pub name: Vec<u8>,
+}
+
+/// What happened to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// It was made.
+    Created,
+    /// It was removed.
+    Removed,
+    /// Its bytes changed.
+    Modified,
+    /// Its mode, owner, times or attributes changed.
+    Attributes,
+    /// It was moved away from this name.
+    MovedFrom,
+    /// It was moved to this name.
+    MovedTo,
+    /// So much happened that some of it is not told: look again.
+    Missed,
+}
+
+impl ChangeKind {
+    /// Every kind with its letter on the wire.
+    pub const ALL: [(Self, u8, &'static str); 7] = [
+        (Self::Created, b'c', "created"),
+        (Self::Removed, b'd', "removed"),
+        (Self::Modified, b'm', "modified"),
+        (Self::Attributes, b'a', "attributes"),
+        (Self::MovedFrom, b'f', "moved-from"),
+        (Self::MovedTo, b't', "moved-to"),
+        (Self::Missed, b'o', "missed"),
+    ];
+
+    /// Its name for people and programs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(kind, ..)| *kind == self).map_or("", |(_, _, name)| name)
+    }
+}
+
+impl FileChange {
+    /// Checks the payload of a data frame.
+    ///
+    /// # Errors
+    /// [`Malformed`]: empty, a kind that is none, or a name longer than a name can be.
+    pub fn from_frame_bytes(payload: &[u8]) -> Result<Self, Malformed> {
+        let (letter, name) = payload.split_first().ok_or(Malformed::Length)?;
+        let kind = ChangeKind::ALL.iter().find(|(_, l, _)| l == letter).ok_or(Malformed::Value)?.0;
+        if name.len() > 255 || name.contains(&b'/') {
+            return Err(Malformed::Value);
+        }
+        Ok(Self { kind, name: name.to_vec() })
+    }
 }
 
 /// What is answered.
@@ -229,6 +303,13 @@ pub enum Answer {
     Files(Vec<FileRecord>),
     /// To [`Call::Hosts`] and [`Call::Host`].
     Hosts(Vec<HostRecord>),
+    /// To [`Call::ListRecorded`]: the newest that fit, and whether there are more.
+    Listed {
+        /// The records.
+        listed: Vec<crate::records::Listed>,
+        /// Whether others were left out for want of room.
+        more: bool,
+    },
 }
 
 impl Answer {
@@ -426,6 +507,19 @@ pub struct HostRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_change_reads_back_and_what_is_none_is_refused() {
+        for (kind, letter, name) in ChangeKind::ALL {
+            let change = FileChange::from_frame_bytes(&[letter, b'x']);
+            assert_eq!(change, Ok(FileChange { kind, name: b"x".to_vec() }));
+            assert_eq!(kind.name(), name);
+        }
+        assert_eq!(FileChange::from_frame_bytes(b""), Err(Malformed::Length));
+        assert_eq!(FileChange::from_frame_bytes(b"zx"), Err(Malformed::Value));
+        assert_eq!(FileChange::from_frame_bytes(b"c../x"), Err(Malformed::Value));
+        assert_eq!(FileChange::from_frame_bytes(&[b'c'; 257]), Err(Malformed::Value));
+    }
 
     #[test]
     fn an_exit_frame_reads_back_and_others_are_refused() {

@@ -36,6 +36,8 @@ pub enum Kind {
     Subscribe = 4,
     /// Aggregator to placer: [`crate::feed`] entries.
     Feed = 5,
+    /// Host to aggregator: [`crate::records::Records`].
+    Records = 6,
 }
 
 impl Kind {
@@ -46,6 +48,7 @@ impl Kind {
             3 => Self::FailureReport,
             4 => Self::Subscribe,
             5 => Self::Feed,
+            6 => Self::Records,
             _ => return None,
         })
     }

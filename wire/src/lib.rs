@@ -26,6 +26,7 @@ pub mod launch;
 pub mod limits;
 pub mod map;
 pub mod network;
+pub mod records;
 pub mod rendezvous;
 pub mod report;
 pub mod seal;

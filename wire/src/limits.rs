@@ -49,6 +49,13 @@ pub const MAP_PAGE_HOSTS_MAX: usize = 4_096;
 /// Pages of one map: enough for [`HOSTS_MAX`] with pages a quarter full.
 pub const MAP_PAGES_MAX: usize = 4 * HOSTS_MAX / MAP_PAGE_HOSTS_MAX;
 
+/// Time between two rounds in which a host says the records of all its sandboxes again, in milliseconds: what repairs
+/// lost datagrams. Twenty heartbeats: at a hundred sandboxes a host about as many datagrams as heartbeats.
+pub const RECORDS_ROUND_MS: u64 = 300_000;
+
+/// Milliseconds that a sandbox's record lives after its host last said it: three rounds, so that two lost ones lose nothing.
+pub const RECORD_LIVES_MS: u64 = 3 * RECORDS_ROUND_MS;
+
 /// Bytes of a frame's payload. A launch request fits; bulk data is cut into frames of this size.
 pub const FRAME_BYTES_MAX: usize = 256 * 1024;
 

@@ -52,6 +52,8 @@ pub enum Heard {
         /// What it wants.
         subscribe: Subscribe,
     },
+    /// Records of this host's sandboxes; the tag verified, and the body is still to be read.
+    Records(HostId),
     /// A host of another shard: hand the bytes to that one. Nothing was verified.
     Elsewhere(u32),
 }
@@ -87,6 +89,8 @@ pub struct Counters {
     pub directives: u64,
     /// Reports and subscriptions that verified.
     pub placers: u64,
+    /// Datagrams of sandboxes' records that verified.
+    pub records: u64,
 }
 
 /// Until when what still runs on a draining host may run, by the caller's clock; `None` for ever.
@@ -231,9 +235,29 @@ impl Shard {
                     Heard::Elsewhere(shard)
                 }
             }
+            (Kind::Records, Role::Host) => self.handle_records(&datagram),
             (Kind::FailureReport | Kind::Subscribe, Role::Placer) => self.handle_placer(&datagram),
             _ => count(&mut self.counters.unexpected),
         }
+    }
+
+    /// Of any shard's host: nothing of a host's record here changes by it.
+    fn handle_records(&mut self, datagram: &Datagram<'_>) -> Heard {
+        let host = HostId(datagram.sender.id);
+        let epoch = datagram.sender.key_epoch;
+        let cached = self.find(host).and_then(|at| self.records[at as usize].key(epoch));
+        let derive = || self.keys.sender(Role::Host, host.0, epoch);
+        let Some(key) = cached.or_else(derive) else {
+            return count(&mut self.counters.unknown_epoch);
+        };
+        if datagram.verify(&key).is_none() {
+            return count(&mut self.counters.forged);
+        }
+        if self.revoked.contains(&host) {
+            return count(&mut self.counters.revoked);
+        }
+        self.counters.records += 1;
+        Heard::Records(host)
     }
 
     fn handle_placer(&mut self, datagram: &Datagram<'_>) -> Heard {

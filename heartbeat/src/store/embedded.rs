@@ -4,8 +4,12 @@
 //! came while the last commit was on its way, then answers all of them. Acknowledged means on disk.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -19,18 +23,25 @@ use heartbeat_core::{
 };
 use redb::{Database, DatabaseError, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use tokio::sync::{mpsc, oneshot};
-use wire::{CapacityWord, HostId};
+use wire::{CapacityWord, HostId, SandboxId, limits::RECORD_LIVES_MS};
 
 use super::{
     Doing, Store, StoreError,
+    listed::Kept,
     said::{read_row, write_row},
 };
+use crate::shards::wall_ms;
 
 const HOSTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("hosts");
+const SANDBOXES: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("sandbox_by_tenant");
 const DRAINS: TableDefinition<'_, u64, (u64, u64, &str)> = TableDefinition::new("drains");
 
 /// Writes that wait for a commit, at most.
 const QUEUE: usize = 1_024;
+/// Sandboxes that are kept, at most: news of others are left out.
+const SANDBOXES_MAX: usize = 1 << 18;
+/// Time between two looks for records that nobody says any more, in ms.
+const SWEEP_MS: u64 = 60_000;
 /// Writes of one commit, at most.
 const COMMIT_MAX: usize = 1_024;
 
@@ -39,6 +50,8 @@ enum Change {
     Remove(Vec<Silent>),
     Drain(Drain),
     Undrain(HostId),
+    Sandboxes(Vec<Kept>),
+    Forget(Vec<Vec<u8>>),
 }
 
 type Write = (Change, oneshot::Sender<Result<(), StoreError>>);
@@ -48,6 +61,7 @@ pub struct EmbeddedStore {
     path: PathBuf,
     rows: DashMap<HostId, Row>,
     drains: DashMap<HostId, Drain>,
+    sandboxes: Sandboxes,
     lease: Mutex<Option<(u64, Instant)>>,
     writes: Option<mpsc::Sender<Write>>,
     commits: Option<thread::JoinHandle<()>>,
@@ -85,7 +99,7 @@ impl EmbeddedStore {
             }
             other => StoreError::Config(format!("{said}: {other}")),
         })?;
-        let (rows, drains) = load(&database)?;
+        let (rows, drains, sandboxes) = load(&database)?;
         let (writes, queue) = mpsc::channel(QUEUE);
         let commits = thread::Builder::new()
             .name("store".to_owned())
@@ -95,6 +109,7 @@ impl EmbeddedStore {
             path: path.to_owned(),
             rows,
             drains,
+            sandboxes,
             lease: Mutex::new(None),
             writes: Some(writes),
             commits: Some(commits),
@@ -110,12 +125,13 @@ impl EmbeddedStore {
     }
 }
 
-type Loaded = (DashMap<HostId, Row>, DashMap<HostId, Drain>);
+type Loaded = (DashMap<HostId, Row>, DashMap<HostId, Drain>, Sandboxes);
 
 fn load(database: &Database) -> Result<Loaded, StoreError> {
     let begin = database.begin_write().map_err(away)?;
     begin.open_table(HOSTS).map_err(away)?;
     begin.open_table(DRAINS).map_err(away)?;
+    begin.open_table(SANDBOXES).map_err(away)?;
     begin.commit().map_err(away)?;
     let read = database.begin_read().map_err(away)?;
     let (rows, drains) = (DashMap::new(), DashMap::new());
@@ -131,7 +147,16 @@ fn load(database: &Database) -> Result<Loaded, StoreError> {
         let host = HostId(host.value());
         drains.insert(host, Drain { host, deadline_ms, since_ms, message: message.to_owned() });
     }
-    Ok((rows, drains))
+    let mut sandboxes = BTreeMap::new();
+    for entry in read.open_table(SANDBOXES).map_err(away)?.iter().map_err(away)? {
+        let (key, bytes) = entry.map_err(away)?;
+        // Of another build, say: hosts say it again.
+        if let Some(kept) = read_key(key.value()).and_then(|id| Kept::from_bytes(id, bytes.value()))
+        {
+            sandboxes.insert(key.value().to_vec(), kept);
+        }
+    }
+    Ok((rows, drains, Sandboxes { rows: Mutex::new(sandboxes), swept_ms: AtomicU64::new(0) }))
 }
 
 /// Commits until all senders are gone.
@@ -158,6 +183,7 @@ fn commit<'a>(
     {
         let mut hosts = write.open_table(HOSTS).map_err(away)?;
         let mut drains = write.open_table(DRAINS).map_err(away)?;
+        let mut sandboxes = write.open_table(SANDBOXES).map_err(away)?;
         for change in changes {
             match change {
                 Change::Put(rows) => {
@@ -174,6 +200,17 @@ fn commit<'a>(
                     let said = (drain.deadline_ms, drain.since_ms, drain.message.as_str());
                     drains.insert(drain.host.0, said).map_err(away)?;
                 }
+                Change::Sandboxes(kept) => {
+                    for kept in kept {
+                        let key = write_key(&kept.record.tenant, kept.record.sandbox);
+                        sandboxes.insert(&key[..], &kept.to_bytes()[..]).map_err(away)?;
+                    }
+                }
+                Change::Forget(keys) => {
+                    for key in keys {
+                        sandboxes.remove(&key[..]).map_err(away)?;
+                    }
+                }
                 Change::Undrain(host) => {
                     drains.remove(host.0).map_err(away)?;
                 }
@@ -181,6 +218,65 @@ fn commit<'a>(
         }
     }
     write.commit().map_err(away)
+}
+
+/// Records of sandboxes by tenant and id.
+struct Sandboxes {
+    rows: Mutex<BTreeMap<Vec<u8>, Kept>>,
+    swept_ms: AtomicU64,
+}
+
+/// The tenant (which holds no zero byte), a zero byte, the sandbox: so that a tenant's are one range.
+fn write_key(tenant: &str, id: SandboxId) -> Vec<u8> {
+    let mut key = tenant.as_bytes().to_vec();
+    key.push(0);
+    key.extend(id.host.0.to_be_bytes());
+    key.extend(id.local.to_be_bytes());
+    key
+}
+
+fn read_key(key: &[u8]) -> Option<SandboxId> {
+    let (rest, local) = key.split_last_chunk()?;
+    let (_, host) = rest.split_last_chunk()?;
+    Some(SandboxId { host: HostId(u64::from_be_bytes(*host)), local: u64::from_be_bytes(*local) })
+}
+
+impl Sandboxes {
+    /// Takes those that are newer; returns them, and the keys of those that have aged out, if it is time to look.
+    fn take(&self, batch: &[Kept], now_ms: u64) -> Result<(Vec<Kept>, Vec<Vec<u8>>), StoreError> {
+        let mut rows = self.rows.lock().map_err(away)?;
+        let mut newer = Vec::with_capacity(batch.len());
+        for kept in batch {
+            let key = write_key(&kept.record.tenant, kept.record.sandbox);
+            match rows.get(&key) {
+                Some(held) if held.version > kept.version => continue,
+                None if rows.len() >= SANDBOXES_MAX => continue,
+                _ => {}
+            }
+            rows.insert(key, kept.clone());
+            newer.push(kept.clone());
+        }
+        if now_ms < self.swept_ms.load(Ordering::Relaxed).saturating_add(SWEEP_MS) {
+            return Ok((newer, Vec::new()));
+        }
+        self.swept_ms.store(now_ms, Ordering::Relaxed);
+        let old = |kept: &Kept| kept.heard_ms.saturating_add(RECORD_LIVES_MS) < now_ms;
+        let aged: Vec<_> =
+            rows.iter().filter(|(_, kept)| old(kept)).map(|(key, _)| key.clone()).collect();
+        for key in &aged {
+            rows.remove(key);
+        }
+        Ok((newer, aged))
+    }
+
+    fn of(&self, tenant: &str, partition: u8, max: usize) -> Result<Vec<Kept>, StoreError> {
+        let least = SandboxId { host: HostId(0), local: 0 };
+        let most = SandboxId { host: HostId(u64::MAX), local: u64::MAX };
+        let range = write_key(tenant, least)..=write_key(tenant, most);
+        let rows = self.rows.lock().map_err(away)?;
+        let here = rows.range(range).map(|(_, kept)| kept);
+        Ok(here.filter(|kept| kept.partition() == partition).take(max).cloned().collect())
+    }
 }
 
 impl Store for EmbeddedStore {
@@ -264,6 +360,21 @@ impl Store for EmbeddedStore {
             Ok(())
         }
         .boxed()
+    }
+
+    fn keep_sandboxes<'a>(&'a self, batch: &'a [Kept]) -> Doing<'a, ()> {
+        async move {
+            let (newer, aged) = self.sandboxes.take(batch, wall_ms())?;
+            if !aged.is_empty() {
+                self.write(Change::Forget(aged)).await?;
+            }
+            self.write(Change::Sandboxes(newer)).await
+        }
+        .boxed()
+    }
+
+    fn sandboxes<'a>(&'a self, tenant: &'a str, partition: u8, max: usize) -> Doing<'a, Vec<Kept>> {
+        async move { self.sandboxes.of(tenant, partition, max) }.boxed()
     }
 
     fn check(&self) -> Doing<'_, String> {

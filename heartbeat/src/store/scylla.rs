@@ -3,6 +3,7 @@
 //! ```text
 //! capacity_by_host   partition: bucket (4,096 of them), rows: host -> word, said    heartbeats, placers' lookups, scans
 //! drains             partition: one,                    rows: host -> deadline, since, message
+//! sandbox_by_tenant  partition: tenant and one of 16,     rows: sandbox -> record, with a TTL              lists
 //! lease              partition: its name                -> holder, by lightweight transaction with a TTL
 //! ```
 //! - Rows leave as one prepared UNLOGGED batch a partition: the driver's default is LOGGED, which writes everything twice.
@@ -10,7 +11,7 @@
 //!   the core that owns it).
 //! - Each row is written `USING TIMESTAMP` of its (seq, revision): the database keeps the newest, whoever writes last, with no
 //!   read before the write. A removal carries the timestamp of what it removes, so that a later heartbeat survives it.
-//! - No TTL and no null is written, so that heartbeats leave no tombstones (FAULTS D3).
+//! - Records of sandboxes are written with a TTL, in windows of time that are dropped whole. Of capacity no TTL and no null is written, so that heartbeats leave no tombstones (FAULTS D3).
 //! - Nothing is retried here: what failed goes again in its newest state (`heartbeat_core::flush`). An unknown outcome of
 //!   the lease is resolved by the next asking, which reads through Paxos.
 
@@ -35,10 +36,11 @@ use scylla::{
     },
     value::CqlValue,
 };
-use wire::{CapacityWord, HostId};
+use wire::{CapacityWord, HostId, SandboxId, limits::RECORD_LIVES_MS};
 
 use super::{
     Doing, Store, StoreError,
+    listed::Kept,
     said::{read_row, write_row},
 };
 
@@ -68,6 +70,8 @@ pub struct ScyllaStore {
     drains: PreparedStatement,
     drain_set: PreparedStatement,
     drain_clear: PreparedStatement,
+    sandbox_put: PreparedStatement,
+    sandboxes: PreparedStatement,
 }
 
 fn away(error: impl std::fmt::Display) -> StoreError {
@@ -151,6 +155,12 @@ pub async fn init(place: &str, replicas: u32) -> Result<(), StoreError> {
              since_ms bigint, message text, PRIMARY KEY (fleet, host))"
         ),
         format!(
+            "CREATE TABLE IF NOT EXISTS {keyspace}.sandbox_by_tenant (tenant text, part smallint, host bigint, \
+             local bigint, record blob, PRIMARY KEY ((tenant, part), host, local)) \
+             WITH compaction = {{'class': 'TimeWindowCompactionStrategy', 'compaction_window_unit': 'MINUTES', \
+             'compaction_window_size': 5}} AND gc_grace_seconds = 3600"
+        ),
+        format!(
             "CREATE TABLE IF NOT EXISTS {keyspace}.lease (name text PRIMARY KEY, holder bigint)"
         ),
     ] {
@@ -214,6 +224,15 @@ impl ScyllaStore {
             )
             .await?,
             drain_clear: prepare("DELETE FROM KS.drains WHERE fleet = ? AND host = ?").await?,
+            sandbox_put: prepare(
+                "INSERT INTO KS.sandbox_by_tenant (tenant, part, host, local, record) \
+                 VALUES (?, ?, ?, ?, ?) USING TIMESTAMP ? AND TTL ?",
+            )
+            .await?,
+            sandboxes: prepare(
+                "SELECT host, local, record FROM KS.sandbox_by_tenant WHERE tenant = ? AND part = ? LIMIT ?",
+            )
+            .await?,
             session,
             place: place.to_owned(),
         })
@@ -415,6 +434,56 @@ impl Store for ScyllaStore {
         async move {
             let values = (FLEET, signed(host.0));
             self.session.execute_unpaged(&self.drain_clear, values).await.map(drop).map_err(away)
+        }
+        .boxed()
+    }
+
+    fn keep_sandboxes<'a>(&'a self, batch: &'a [Kept]) -> Doing<'a, ()> {
+        async move {
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let ttl_s = i32::try_from(RECORD_LIVES_MS / 1_000).unwrap_or(i32::MAX);
+            let values: Vec<_> = batch
+                .iter()
+                .map(|kept| {
+                    let id = kept.record.sandbox;
+                    (
+                        kept.record.tenant.as_str(),
+                        i16::from(kept.partition()),
+                        signed(id.host.0),
+                        signed(id.local),
+                        kept.to_bytes(),
+                        i64::try_from(kept.version).unwrap_or(i64::MAX),
+                        ttl_s,
+                    )
+                })
+                .collect();
+            let statements = unlogged(&self.sandbox_put, values.len());
+            self.session.batch(&statements, values).await.map(drop).map_err(away)
+        }
+        .boxed()
+    }
+
+    fn sandboxes<'a>(&'a self, tenant: &'a str, partition: u8, max: usize) -> Doing<'a, Vec<Kept>> {
+        async move {
+            let limit = i32::try_from(max).unwrap_or(i32::MAX);
+            let key = (tenant, i16::from(partition), limit);
+            let got = self.session.execute_unpaged(&self.sandboxes, key).await.map_err(away)?;
+            let rows = got.into_rows_result().map_err(away)?;
+            let rows = rows.rows::<(i64, i64, Vec<u8>)>().map_err(away)?;
+            let mut kept = Vec::new();
+            for row in rows {
+                let (host, local, record) = row.map_err(away)?;
+                let id = SandboxId { host: HostId(unsigned(host)), local: unsigned(local) };
+                match Kept::from_bytes(id, &record) {
+                    Some(row) => kept.push(row),
+                    None => {
+                        tracing::warn!(%id, "a sandbox's record cannot be read and is left out")
+                    }
+                }
+            }
+            Ok(kept)
         }
         .boxed()
     }

@@ -13,6 +13,7 @@ use wire::{
     heartbeat::{Directive, Heartbeat},
     limits::{DATAGRAM_BYTES_MAX, SEQ_RESERVE, SHAPES_MAX},
     map::HostAddr,
+    records::Records,
     seal::{KeyEpoch, Role, SenderKey},
 };
 
@@ -213,6 +214,17 @@ impl Beat {
         self.draining = admission.draining();
         let BeatConfig { host, key_epoch, key, .. } = &self.config;
         Some(Outgoing { len: heartbeat.seal(*host, *key_epoch, key, out), to, seq })
+    }
+
+    /// Seals records of this host's sandboxes for [`Beat::aggregator`]; their length, if they fit a datagram.
+    #[must_use]
+    pub fn seal_records(
+        &self,
+        records: &Records,
+        out: &mut [u8; DATAGRAM_BYTES_MAX],
+    ) -> Option<usize> {
+        let BeatConfig { host, key_epoch, key, .. } = &self.config;
+        records.seal(*host, *key_epoch, key, out)
     }
 
     fn note_sent(&mut self, now_ms: u64, random: u64, ask: bool, going_home: bool) {

@@ -3,6 +3,7 @@
 //! It has one owner and no lock. A launch is decided in one call; the box is made outside, and comes back by
 //! [`Host::handle_started`] or [`Host::handle_failed`]. Whatever must end is said by [`Host::poll_deed`]; time
 //! passes by [`Host::handle_timeout`], due at [`Host::poll_timeout`].
+//! Longer than 500 lines: every change of a sandbox's state is in this file.
 
 use std::{
     cmp::Reverse,
@@ -21,6 +22,7 @@ use crate::{
     hash::Seeded,
     launches::{BodyHash, Fate, Known, Launches},
     limits::{ENDED_MAX, ENDED_MS, LAPSE_GRACE_MS},
+    records::Untold,
     sandbox::Sandbox,
     shapes::Shapes,
 };
@@ -108,6 +110,7 @@ pub struct Host<N> {
     due: BinaryHeap<Reverse<(u64, u64)>>,
     ended: VecDeque<u64>,
     deeds: VecDeque<Deed>,
+    untold: Untold,
     drain_at_ms: Option<u64>,
     made: u64,
     pub(crate) next_seq: Seq,
@@ -135,6 +138,7 @@ impl<N> Host<N> {
             due: BinaryHeap::new(),
             ended: VecDeque::new(),
             deeds: VecDeque::new(),
+            untold: Untold::default(),
             drain_at_ms: None,
             made: 0,
             next_seq: Seq(0),
@@ -240,6 +244,7 @@ impl<N> Host<N> {
         let started = Started { sandbox: sandbox.id, visible_at, word, steps };
         let launch_id = sandbox.launch_id;
         self.launches.settle(&launch_id, Fate::Started(started));
+        self.untold.mark(local);
         self.arm(local);
         Ok(started)
     }
@@ -281,6 +286,7 @@ impl<N> Host<N> {
         self.free(shape);
         self.launches.release(now_ms, launch_id);
         self.ended.push_back(local);
+        self.untold.mark(local);
         if self.ended.len() > ENDED_MAX {
             self.drop_oldest_ended();
         }
@@ -344,6 +350,7 @@ impl<N> Host<N> {
             && sandbox.state == State::Running
         {
             sandbox.state = State::Paused;
+            self.untold.mark(local);
         }
     }
 
@@ -354,6 +361,7 @@ impl<N> Host<N> {
         {
             sandbox.state = State::Running;
             sandbox.used_ms = now_ms;
+            self.untold.mark(local);
             self.arm(local);
         }
     }
@@ -368,6 +376,7 @@ impl<N> Host<N> {
             sandbox.idle_ms = idle_ms;
         }
         sandbox.used_ms = now_ms;
+        self.untold.mark(local);
         self.arm(local);
     }
 
@@ -454,6 +463,28 @@ impl<N> Host<N> {
         let ended = self.ended.front().and_then(|local| self.sandboxes.get(local)?.drop_at_ms);
         let due = self.due.peek().map(|Reverse((at_ms, _))| *at_ms);
         [due, self.drain_at_ms, ended, self.launches.poll_timeout()].into_iter().flatten().min()
+    }
+
+    /// From here on changes of sandboxes are to be told; all that are known first.
+    pub fn tell_records(&mut self, now_ms: u64) {
+        self.untold.begin(now_ms);
+    }
+
+    /// A sandbox could not be told of now after all.
+    pub fn tell_again(&mut self, local: u64) {
+        self.untold.mark(local);
+    }
+
+    /// The next sandbox to tell of, if it is still known.
+    pub fn poll_record(&mut self, now_ms: u64) -> Option<u64> {
+        let Self { untold, sandboxes, .. } = self;
+        untold.begin_round(now_ms, || sandboxes.keys().copied().collect());
+        loop {
+            let local = untold.take()?;
+            if self.sandboxes.get(&local).is_some_and(|s| s.state != State::Claimed) {
+                return Some(local);
+            }
+        }
     }
 
     /// The next thing to do.

@@ -15,6 +15,7 @@ pub mod hash;
 pub mod host;
 pub mod launches;
 pub mod limits;
+pub mod records;
 pub mod sandbox;
 pub mod shapes;
 

@@ -18,6 +18,7 @@ use wire::{
     Code, Fault, HostId, LaunchId, SandboxId,
     call::{Answer, Call, HostRecord, SandboxRecord},
     limits::BUDGET_MS_DEFAULT,
+    records::Listed,
     seal::Role,
 };
 use wire_net::{lane::Lane, listing::HostList, quic, stream, tls};
@@ -54,6 +55,15 @@ impl Default for ConnectOptions {
             connections: 1,
         }
     }
+}
+
+/// A list as hosts last said it: [`Client::list_recorded`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// Sandboxes, newest first.
+    pub listed: Vec<Listed>,
+    /// Whether older ones were left out for want of room.
+    pub more: bool,
 }
 
 /// A fleet as a program sees it. Cheap to clone; all clones share the connections.
@@ -189,7 +199,26 @@ impl Client {
         Sandbox::of(self.clone(), id)
     }
 
-    /// The tenant's sandboxes that have all of `labels`, newest first; those that have ended too, if `ended`.
+    /// The tenant's sandboxes that have all of `labels`, newest first, as their hosts last said them; those that have ended
+    /// too, if `ended`. Eventually right: what changed a second or two ago may be missing, and each record says how long
+    /// ago it was heard. No host is asked, however large the fleet is.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn list_recorded(
+        &self,
+        labels: &[(String, String)],
+        ended: bool,
+    ) -> Result<Recorded, CallError> {
+        let (tenant, labels) = (self.inner.tenant.clone(), labels.to_vec());
+        match self.ask(&Call::ListRecorded { tenant, labels, ended }).await? {
+            Answer::Listed { listed, more } => Ok(Recorded { listed, more }),
+            _ => Err(CallError::protocol("a list was not answered by a list")),
+        }
+    }
+
+    /// The same of this moment: every host is asked. For fleets of up to the placer's `list_hosts_max` hosts; see
+    /// [`Client::list_recorded`] for others.
     ///
     /// # Errors
     /// [`CallError`].

@@ -34,7 +34,7 @@ mod process;
 mod sandbox;
 mod spec;
 
-pub use connect::{Client, ConnectOptions};
+pub use connect::{Client, ConnectOptions, Recorded};
 pub use error::{CallError, LaunchError};
 pub use launch::Launched;
 pub use port::PortStream;
@@ -43,7 +43,10 @@ pub use sandbox::Sandbox;
 pub use spec::{ExecSpec, LaunchSpec, draw_id};
 pub use wire::{
     Code, Fault, HostId, LaunchId, SandboxId,
-    call::{Exit, ExitWhy, FileRecord, HostRecord, SandboxRecord, State, Stats},
+    call::{
+        ChangeKind, Exit, ExitWhy, FileChange, FileRecord, HostRecord, SandboxRecord, State, Stats,
+    },
     launch::{Limits, Network, Publish, Started, Steps},
     network::{Published, Rule, RuleError},
+    records::Listed,
 };
