@@ -14,6 +14,7 @@ use crate::{
     codec::{self, Malformed},
     datagram::{self, BODY_BYTES_MAX, Kind, Sender, Verified},
     id::HostId,
+    launch::Network,
     limits::{DATAGRAM_BYTES_MAX, NAME_BYTES_MAX},
     seal::{KeyEpoch, Role, SenderKey},
 };
@@ -65,7 +66,7 @@ fn cut(text: &mut String, bytes_max: usize) {
     }
 }
 
-/// Cuts what is long.
+/// Cuts what is long, and leaves out what a list does not show: rules and ports of the network.
 #[must_use]
 pub fn bounded(mut record: SandboxRecord) -> SandboxRecord {
     cut(&mut record.tenant, NAME_BYTES_MAX);
@@ -83,6 +84,8 @@ pub fn bounded(mut record: SandboxRecord) -> SandboxRecord {
     };
     let count = record.labels.iter().take_while(fit).count();
     record.labels.truncate(count);
+    record.network = Network::default();
+    record.published = Vec::new();
     record
 }
 
@@ -192,6 +195,8 @@ mod tests {
             state: State::Running,
             age_ms: 5,
             left_ms: 6,
+            network: Network::default(),
+            published: Vec::new(),
         }
     }
 

@@ -67,6 +67,8 @@ pub(crate) mod tests {
             state: State::Running,
             age_ms: 5,
             left_ms: 6,
+            network: wire::launch::Network::default(),
+            published: Vec::new(),
         }
     }
 
@@ -82,7 +84,7 @@ pub(crate) mod tests {
 
     #[test]
     fn sandboxes_of_one_host_spread_over_partitions() {
-        let of = |local| partition(SandboxId { host: HostId(7), local: 5 << 40 | local });
+        let of = |local: u64| partition(SandboxId { host: HostId(7), local: (5 << 40) | local });
         let mut seen = [0; PARTITIONS as usize];
         (0..1_600).for_each(|local| seen[usize::from(of(local))] += 1);
         assert!(seen.iter().all(|count| (50..200).contains(count)), "{seen:?}");
