@@ -25,10 +25,25 @@ pub fn tiny_program() -> Option<Vec<u8>> {
         0xba, 16, 0, 0, 0, 0x0f, 0x05, // mov edx, 16; syscall
         0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05, // exit(0)
     ];
+    program_of(CODE)
+}
+
+/// A static program that sleeps for ever: what an idle sandbox costs beside its program. `None` where we have none
+/// for this machine.
+#[must_use]
+pub fn idle_program() -> Option<Vec<u8>> {
+    program_of(&[
+        0xb8, 34, 0, 0, 0, 0x0f, 0x05, // mov eax, pause; syscall
+        0xeb, 0xf7, // again
+    ])
+}
+
+/// An executable of one segment.
+fn program_of(code: &[u8]) -> Option<Vec<u8>> {
     if std::env::consts::ARCH != "x86_64" {
         return None;
     }
-    let length = 64 + 56 + CODE.len() as u64;
+    let length = 64 + 56 + code.len() as u64;
     let base = 0x40_0000_u64;
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     elf.extend([2, 0, 0x3e, 0, 1, 0, 0, 0]); // executable, x86-64
@@ -40,7 +55,7 @@ pub fn tiny_program() -> Option<Vec<u8>> {
     for word in [0, base, base, length, length, 0x1000] {
         elf.extend(word.to_le_bytes());
     }
-    elf.extend(CODE);
+    elf.extend(code);
     Some(elf)
 }
 

@@ -1,0 +1,77 @@
+//! A neighbour's launches beside bombs of every kind (FAULTS I7): processes, memory, disk, inodes, log.
+
+#![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
+
+use hostd_sandbox::{ClaimSpec, Limits, Program, RootSpec, bench};
+
+#[allow(dead_code, unreachable_pub, reason = "tests use the rest of it")]
+#[path = "../../tests/house/mod.rs"]
+mod house;
+
+use crate::{Bench, Table, ms, number, quantile, quantiles, spec};
+
+const BOMBS: [(&str, &str); 5] = [
+    ("processes", "f() { f | f & }; f & exec sleep 1000"),
+    ("memory", "while :; do tail /dev/zero; done"),
+    ("disk", "while :; do dd if=/dev/zero of=/f bs=1M count=64; done 2>/dev/null"),
+    ("inodes", "i=0; while :; do : > /i$i; i=$((i+1)); done 2>/dev/null"),
+    ("log", "while :; do echo flood flood flood; done"),
+];
+
+pub(crate) fn run(bench: &mut Bench, table: &mut Table) {
+    let rounds = number("VOLLEY_ROUNDS", 300);
+    let shell = house::root();
+    let quiet = quantiles("a neighbour alone", times(bench, rounds, 4 << 64));
+    let mut running = Vec::new();
+    for (nth, (_, bomb)) in (0_u128..).zip(BOMBS) {
+        let limits = Limits {
+            // A tenth of a core each: the rest is the neighbour's.
+            cpu_millis: Some(100),
+            disk_bytes: 16 << 20,
+            inodes: 500,
+            ..Limits::default()
+        };
+        let spec = ClaimSpec {
+            root: RootSpec::directory(shell.path()).unwrap(),
+            program: Program::new(["/bin/sh", "-c", bomb]),
+            limits,
+            ..spec(&bench.root, nth | 5 << 64)
+        };
+        running.push(bench.spawner.claim_blocking(spec).unwrap());
+    }
+    let loud = quantiles("beside five bombs", times(bench, rounds, 6 << 64));
+    for bomb in &running {
+        bench.runtime.block_on(bench.spawner.kill(bomb.id)).unwrap();
+    }
+    for _ in &running {
+        crate::wait_for_end(&bench.runtime, &mut bench.events);
+    }
+    for (name, q, bounded) in [("p50", 0.5, false), ("p99", 0.99, true)] {
+        let (alone, beside) = (quantile(&quiet, q), quantile(&loud, q));
+        #[expect(clippy::cast_precision_loss, reason = "microseconds")]
+        let ratio = beside as f64 / alone as f64;
+        let said = format!("{} / {} = {ratio:.2}", ms(beside), ms(alone));
+        let goal = if bounded { "at most 1.5 times" } else { "" };
+        table.add(
+            &format!("a neighbour's {name} beside five bombs"),
+            said,
+            goal,
+            bounded.then_some(ratio <= 1.5),
+        );
+    }
+}
+
+fn times(bench: &mut Bench, rounds: usize, ids: u128) -> Vec<u64> {
+    (0..rounds)
+        .map(|round| {
+            let start = bench::now_ns();
+            let spec = spec(&bench.root, round as u128 | ids);
+            let running = bench.spawner.claim_blocking(spec).unwrap();
+            let first = bench::read_first_instruction(running.stdio.stdout.unwrap()).unwrap();
+            // Bombs that the kernel ends for want of memory end their own box at most; ours ends by itself.
+            crate::wait_for_end(&bench.runtime, &mut bench.events);
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            first - start
+        })
+        .collect()
+}

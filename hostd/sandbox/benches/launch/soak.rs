@@ -1,0 +1,97 @@
+//! Lives by the hundred thousand, and what they leave behind (FAULTS O6): memory, descriptors, mounts and groups of the
+//! spawner, and processes of the machine, after a tenth of them and at the end.
+
+#![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
+
+use std::path::Path;
+use std::time::Instant;
+
+use crate::{Bench, Table, lives};
+
+/// Lives between two looks.
+const PART: usize = 2_000;
+
+/// What a spawner holds.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    memory_kib: u64,
+    descriptors: u64,
+    mounts: u64,
+    groups: u64,
+    slab_kib: u64,
+}
+
+fn groups() -> u64 {
+    fn count(dir: &Path, below: u32) -> u64 {
+        let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+        let dirs = entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+        dirs.map(|e| 1 + if below > 0 { count(&e.path(), below - 1) } else { 0 }).sum()
+    }
+    count(Path::new("/sys/fs/cgroup"), 4)
+}
+
+fn number_in(path: &str, name: &str) -> u64 {
+    let text = std::fs::read_to_string(path).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("0");
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn held(pid: u32) -> Held {
+    let lines = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    Held {
+        memory_kib: number_in(&format!("/proc/{pid}/status"), "VmRSS:"),
+        descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64,
+        mounts: lines.lines().count() as u64,
+        groups: groups(),
+        slab_kib: number_in("/proc/meminfo", "SUnreclaim:"),
+    }
+}
+
+/// Waits until the pool is full, so that looks compare.
+fn settle(bench: &Bench) {
+    loop {
+        let pool = bench.runtime.block_on(bench.spawner.pool()).unwrap();
+        if pool[0].parked == 32 && pool[0].running == 0 {
+            // Namespaces are freed by the kernel a little later.
+            std::thread::sleep(std::time::Duration::from_secs(1));
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn run(bench: &mut Bench, wanted: usize, table: &mut Table) {
+    let begun = Instant::now();
+    let mut done = 0;
+    let mut early = None;
+    while done < wanted {
+        let part = PART.min(wanted - done);
+        let (rate, _) = lives::live(bench, part, 8);
+        done += part;
+        if early.is_none() && done * 10 >= wanted {
+            settle(bench);
+            early = Some(held(bench.spawner.pid()));
+        }
+        if done % (PART * 5) == 0 || done == wanted {
+            println!("{done} lives, {rate:.0}/s, {:?}", held(bench.spawner.pid()));
+        }
+    }
+    let time = begun.elapsed();
+    settle(bench);
+    let (early, late) = (early.unwrap(), held(bench.spawner.pid()));
+    println!("after a tenth {early:?}\nat the end    {late:?}");
+    #[expect(clippy::cast_precision_loss, reason = "some thousands")]
+    let rate = wanted as f64 / time.as_secs_f64();
+    table.add(&format!("{wanted} lives"), format!("{rate:.0}/s, {time:.0?}"), "", None);
+    for (name, a, b) in [
+        ("spawner's memory, KiB", early.memory_kib, late.memory_kib),
+        ("its descriptors", early.descriptors, late.descriptors),
+        ("its mounts", early.mounts, late.mounts),
+        ("cgroups of the machine", early.groups, late.groups),
+    ] {
+        let flat = b.saturating_sub(a) * 100 <= a;
+        table.add(name, format!("{a} -> {b}"), "flat within 1 %", Some(flat));
+    }
+    let said = format!("{} -> {}", early.slab_kib, late.slab_kib);
+    table.add("unreclaimable slab of the machine, KiB", said, "", None);
+}
