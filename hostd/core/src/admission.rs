@@ -33,6 +33,8 @@ pub struct Admission {
     /// Slots a shape of the empty host, and free ones: kept so that a look does not divide anew.
     total: [u16; SHAPES_MAX],
     free: [u16; SHAPES_MAX],
+    /// Boxes a shape that are there or can be made in time, as far as that is less than anybody asks for.
+    boxes: [u16; SHAPES_MAX],
     draining: bool,
     sick: bool,
 }
@@ -50,6 +52,7 @@ impl Admission {
             margin_percent: margin_percent.min(100),
             total: [0; SHAPES_MAX],
             free: [0; SHAPES_MAX],
+            boxes: [FREE_MAX; SHAPES_MAX],
             draining: false,
             sick: false,
         };
@@ -107,11 +110,21 @@ impl Admission {
         self.free
     }
 
-    /// Free slots a shape as they are told: margin taken off.
+    /// Says how many boxes of a shape are there or can be made in time; `None`: as many as may be asked for.
+    pub fn set_boxes(&mut self, shape: ShapeId, boxes: Option<u32>) {
+        let boxes = boxes.map_or(FREE_MAX, |boxes| u16::try_from(boxes).unwrap_or(FREE_MAX));
+        self.boxes[shape.index()] = boxes.min(FREE_MAX);
+    }
+
+    /// Free slots a shape as they are told: no more than there are boxes for, and margin taken off.
     #[must_use]
     pub fn told(&self) -> [u16; SHAPES_MAX] {
         let keep = u32::from(100 - self.margin_percent);
-        self.free.map(|free| u16::try_from(u32::from(free) * keep / 100).unwrap_or(free))
+        let mut told = self.free;
+        for (free, boxes) in told.iter_mut().zip(self.boxes) {
+            *free = u16::try_from(u32::from(*free) * keep / 100).unwrap_or(*free).min(boxes);
+        }
+        told
     }
 
     /// Slots a shape of the empty host.
@@ -206,6 +219,21 @@ mod tests {
             }
             prop_assert_eq!(admission.free(), admission.total());
         }
+    }
+
+    #[test]
+    fn no_more_is_told_than_there_are_boxes_for() {
+        let mut admission = Admission::new(&Shapes::default(), WHOLE, 100, 25);
+        let nano = ShapeId::new(0).unwrap();
+        admission.set_boxes(nano, Some(3));
+        assert_eq!((admission.told()[0], admission.free()[0]), (3, 16));
+        assert_eq!(admission.told()[1], 6, "other shapes are told as they are");
+        admission.set_boxes(nano, Some(70_000));
+        assert_eq!(admission.told()[0], 12);
+        admission.set_boxes(nano, Some(0));
+        assert_eq!(admission.word(Stamp::default()).free(nano), 0);
+        admission.set_boxes(nano, None);
+        assert_eq!(admission.told()[0], 12);
     }
 
     #[test]

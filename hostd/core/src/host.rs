@@ -423,6 +423,11 @@ impl<N> Host<N> {
         self.admission.set_sick(sick);
     }
 
+    /// Says how many boxes of a shape are there or can be made in time; `None`: as many as may be asked for.
+    pub fn set_boxes(&mut self, shape: ShapeId, boxes: Option<u32>) {
+        self.admission.set_boxes(shape, boxes);
+    }
+
     /// Does what is due.
     pub fn handle_timeout(&mut self, now_ms: u64) {
         while let Some(&Reverse((at_ms, local))) = self.due.peek()

@@ -414,6 +414,44 @@ mod tests {
         assert!(Layout::find(dir.path(), "0::/\n", "ab").is_err());
     }
 
+    /// What a v2 hierarchy without controllers, as hybrid machines have one, lets us try: to make a group, to have a
+    /// process in it, to freeze, thaw and kill it, to remove the group. Limits are not among it.
+    #[test]
+    fn v2_groups_hold_freeze_and_go() {
+        let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(Path::new);
+        let Some(root) = roots.into_iter().find(|root| root.join("cgroup.procs").exists()) else {
+            println!("skipped: no cgroup v2 here");
+            return;
+        };
+        let dir = root.join(format!("volley-test-{}", std::process::id()));
+        if fs::create_dir(&dir).is_err() {
+            println!("skipped: no right to make cgroups");
+            return;
+        }
+        let limits = None;
+        let mut group =
+            Group { dirs: Dirs::V2(dir.clone()), oom_kills_before: 0, limits, was_frozen: false };
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        put(&dir.join("cgroup.procs"), &child.id().to_string()).unwrap();
+        assert!(group.clone_target().unwrap().is_some() && group.doors().unwrap().is_empty());
+        let settles = |frozen: u64| {
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+            while keyed(&dir.join("cgroup.events"), "frozen") != frozen {
+                assert!(std::time::Instant::now() < deadline, "never frozen {frozen}");
+            }
+        };
+        group.freeze(true).unwrap();
+        settles(1);
+        // v2 kills what is frozen.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        group.freeze(false).unwrap();
+        settles(0);
+        assert_eq!(group.stats().pids, 0);
+        group.remove();
+        assert!(!dir.exists() && group.is_used_once());
+    }
+
     #[test]
     fn v1_needs_every_controller() {
         let dir = tempfile::tempdir().unwrap();

@@ -339,7 +339,7 @@ pub struct PoolState {
     pub parked: u32,
     /// Claimed or running.
     pub running: u32,
-    /// Slots of the spawner that are left for any shape.
+    /// Boxes of any shape that can still be made in time: slots that are left, or none while boxes fail to be made.
     pub slots_left: u32,
 }
 

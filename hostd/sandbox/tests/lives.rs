@@ -39,6 +39,7 @@ fn main() {
         ("spawner_killed_frozen_box_swept", spawner_killed_frozen_box_swept),
         ("two_hundred_claims_leave_all_flat", two_hundred_claims_leave_all_flat),
         ("no_descriptors_left", no_descriptors_left),
+        ("a_pool_that_cannot_be_filled_is_told", a_pool_that_cannot_be_filled_is_told),
         ("a_replaced_binary_still_starts", a_replaced_binary_still_starts),
         ("killed_at_any_moment", killed_at_any_moment),
         ("spawner_killed_at_any_moment", spawner_killed_at_any_moment),
@@ -347,6 +348,34 @@ fn no_descriptors_left() {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     while wait(place.spawner.pool()).unwrap()[0].running > 0 {
         assert!(std::time::Instant::now() < deadline, "a failed launch still runs");
+    }
+    assert_eq!(place.shell("echo well").0, "well\n");
+}
+
+/// While no boxes can be made, hostd hears that those parked are all there is: heartbeats say no more.
+fn a_pool_that_cannot_be_filled_is_told() {
+    let mut place = place(40);
+    let pid = place.spawner.pid();
+    let old = limit_descriptors(pid, 30);
+    let pool = |event: Option<Event>| match event {
+        Some(Event::Pool(pool)) => Some(pool),
+        Some(_) => None,
+        None => panic!("the spawner is gone"),
+    };
+    let said = loop {
+        match pool(wait(place.events.recv())) {
+            Some(pool) if pool.slots_left == 0 => break pool,
+            _ => {}
+        }
+    };
+    assert!(said.parked < 40, "{said:?}");
+    assert_eq!(wait(place.spawner.pool()).unwrap()[0].slots_left, 0);
+    limit_descriptors(pid, old);
+    loop {
+        match pool(wait(place.events.recv())) {
+            Some(pool) if pool.slots_left > 0 => break,
+            _ => {}
+        }
     }
     assert_eq!(place.shell("echo well").0, "well\n");
 }

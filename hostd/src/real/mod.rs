@@ -371,11 +371,22 @@ async fn listen(cell: Rc<HostCell>, mut events: Events) {
                     sandbox.note.processes.borrow_mut().exec_exited(exec, exit_of(status));
                 }
             }
-            Event::Pool(pool) => tracing::debug!(?pool, "pool"),
+            Event::Pool(pool) => heard_pool(&cell, &pool),
             Event::Gone => break,
         }
     }
     gone(cell).await;
+}
+
+/// Heartbeats tell of no more slots than there are boxes for: those parked, and those that can be made while a claim
+/// waits.
+fn heard_pool(cell: &HostCell, pool: &hostd_sandbox::PoolState) {
+    tracing::debug!(?pool, "pool");
+    let Some(shape) = cell.defaults.shapes.by_name(&pool.shape) else { return };
+    // While slots are left, boxes are made faster than heartbeats could tell of them.
+    let boxes = (pool.slots_left == 0).then_some(pool.parked);
+    cell.core.borrow_mut().set_boxes(shape, boxes);
+    cell.settle(clock::now_ms());
 }
 
 async fn heard_exit(cell: &Rc<HostCell>, exited: &hostd_sandbox::Exited) {

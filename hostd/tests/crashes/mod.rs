@@ -58,13 +58,22 @@ pub(crate) fn a_killed_hostd_takes_its_boxes_up_again() {
     place.end();
 }
 
-/// FAULTS O4, with a dozen: hostd stops as for an upgrade, and the next one has them all, images included.
+/// FAULTS O4: hostd stops as for an upgrade, and then is killed, and the next one has them all, images included. With 40
+/// boxes, or as many as `VOLLEY_OUTLIVE` says.
 pub(crate) fn an_upgrade_ends_no_box() {
-    let mut place = Place::new();
-    let asked: Vec<_> = (1..13).map(|n| request(n, "img", &["sleep", "222"])).collect();
+    let count = std::env::var("VOLLEY_OUTLIVE").ok().and_then(|count| count.parse().ok());
+    let count: u32 = count.unwrap_or(40);
+    let mut place = Place::with_room(count + 8);
+    let asked: Vec<_> =
+        (1..=u128::from(count)).map(|n| request(n, "img", &["sleep", "222"])).collect();
     let before = block_on(async {
         let placer = place.placer().await;
-        futures::future::join_all(asked.iter().map(|request| started(&placer, request))).await
+        let mut before = Vec::new();
+        for some in asked.chunks(8) {
+            let launches = some.iter().map(|request| started(&placer, request));
+            before.extend(futures::future::join_all(launches).await);
+        }
+        before
     });
     for killed in [false, true] {
         if killed {
@@ -73,7 +82,9 @@ pub(crate) fn an_upgrade_ends_no_box() {
             place.stop_hostd();
         }
         place.programs_become("sleep", asked.len());
+        let begun = Instant::now();
         place.start_hostd();
+        println!("{count} boxes were taken up again in {:?} (killed: {killed})", begun.elapsed());
         block_on(async {
             let placer = place.placer().await;
             for (request, before) in asked.iter().zip(&before) {

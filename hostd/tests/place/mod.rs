@@ -82,6 +82,15 @@ impl Place {
         Self::with(|_| {})
     }
 
+    /// With room for so many boxes, whatever the machine has.
+    pub(crate) fn with_room(boxes_max: u32) -> Self {
+        Self::with(|config| {
+            config.boxes_max = boxes_max;
+            config.cpu_millis = Some(u64::from(boxes_max) * 4_000);
+            config.memory_bytes = Some(u64::from(boxes_max) << 32);
+        })
+    }
+
     /// With other settings.
     pub(crate) fn with(change: impl FnOnce(&mut Config)) -> Self {
         let fleet = Fleet::new();

@@ -19,6 +19,8 @@ const PREPARING_MAX: usize = 4;
 const QUIET: Duration = Duration::from_micros(500);
 const BACK_OFF_FIRST: Duration = Duration::from_millis(10);
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);
+/// From here on boxes cannot be counted on to be made in time: some failures in a row.
+const FAILING: Duration = Duration::from_millis(100);
 
 /// When boxes may be made again after one could not be.
 pub(super) struct Refill {
@@ -42,11 +44,16 @@ impl Refill {
         self.quiet_until = Some(Instant::now() + QUIET);
     }
 
+    /// Whether boxes have failed to be made for a while: what is parked is all there is.
+    fn is_failing(&self) -> bool {
+        self.back_off > FAILING
+    }
+
     fn quiet_for(&self, now: Instant) -> Duration {
         self.quiet_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
     }
 
-    pub(super) fn succeeded(&mut self) {
+    fn succeeded(&mut self) {
         self.not_before = None;
         self.back_off = BACK_OFF_FIRST;
     }
@@ -104,7 +111,7 @@ impl Spawning {
         let Some(shape) = self.shape_in_need(busy) else { return };
         if let Err(why) = self.make_box(shape) {
             super::log(format_args!("a box could not be made, trying again later: {why}"));
-            self.refill.failed();
+            self.could_not_make();
         }
     }
 
@@ -162,6 +169,10 @@ impl Spawning {
             self.groups.insert(slot, group);
         }
         self.free_slots.push(slot);
+        if self.free_slots.len() == 1 {
+            // There were none: what was told of the pools is no longer so.
+            self.tell_pools();
+        }
     }
 
     /// Kills a box that nobody watches and takes its slot back.
@@ -188,7 +199,7 @@ impl Spawning {
         let stats = built.group.stats();
         let shape = self.config.shapes[built.shape].name.clone();
         if !built.was_ready && self.stopping.is_none() {
-            self.refill.failed();
+            self.could_not_make();
         }
         for (_, pending) in built.pending {
             let why = Fault::BoxDied { what: "a question to it".into() };
@@ -281,9 +292,36 @@ impl Spawning {
         (!self.retired.contains(&index)).then_some(index)
     }
 
-    /// Tells hostd when a pool has just run out of parked boxes, or has one again.
+    fn could_not_make(&mut self) {
+        let was = self.refill.is_failing();
+        self.refill.failed();
+        if self.refill.is_failing() != was {
+            self.tell_pools();
+        }
+    }
+
+    /// A box parked: they can be made.
+    pub(super) fn could_make(&mut self) {
+        let was = self.refill.is_failing();
+        self.refill.succeeded();
+        if was {
+            self.tell_pools();
+        }
+    }
+
+    fn tell_pools(&mut self) {
+        for shape in 0..self.config.shapes.len() {
+            if !self.retired.contains(&shape) {
+                self.emit(Event::Pool(self.pool_state(shape)));
+            }
+        }
+    }
+
+    /// Tells hostd when a pool has just run out of parked boxes, or has one again; and of every change while no more
+    /// can be made.
     pub(super) fn tell_if_empty(&mut self, shape: usize, parked: usize) {
-        if self.tally.count(shape, &[State::Parked]) == parked {
+        let all_there_is = self.refill.is_failing() || self.free_slots.is_empty();
+        if all_there_is || self.tally.count(shape, &[State::Parked]) == parked {
             self.emit(Event::Pool(self.pool_state(shape)));
         }
     }
@@ -294,7 +332,7 @@ impl Spawning {
             shape: self.config.shapes[shape].name.clone(),
             parked: number(self.tally.count(shape, &[State::Parked])),
             running: number(self.tally.count(shape, &[State::Starting, State::Running])),
-            slots_left: number(self.free_slots.len()),
+            slots_left: if self.refill.is_failing() { 0 } else { number(self.free_slots.len()) },
         }
     }
 }

@@ -91,7 +91,7 @@ impl Spawning {
                 }
                 let shape = built.shape;
                 self.tell_if_empty(shape, 1);
-                self.refill.succeeded();
+                self.could_make();
                 self.serve_waiting();
             }
             FromBox::Unfit { why } => {

@@ -90,6 +90,7 @@ pub(crate) fn attack(host: &Host) {
     processes(host);
     devices();
     sockets(host);
+    network_settings();
     rights();
     chroot_escape();
     #[cfg(target_arch = "x86_64")]
@@ -408,6 +409,61 @@ fn refused_quietly<T: std::fmt::Debug>(name: &str, result: io::Result<T>) {
     if result.is_ok() {
         refused(name, result);
     }
+}
+
+/// What would outlive the box in a network namespace that serves another one later: addresses, routes, links, settings.
+fn network_settings() {
+    // SAFETY: takes no pointer.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0) };
+    // SAFETY: plain data for which zero bytes are valid; it lives across every call below.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = libc::c_char::from_ne_bytes([b'l']);
+    request.ifr_name[1] = libc::c_char::from_ne_bytes([b'o']);
+    for (name, what) in [
+        ("link flags", libc::SIOCSIFFLAGS),
+        ("address", libc::SIOCSIFADDR),
+        ("mtu", libc::SIOCSIFMTU),
+        ("link name", libc::SIOCSIFNAME),
+        ("neighbour entry", libc::SIOCSARP),
+        ("route", libc::SIOCADDRT),
+    ] {
+        // SAFETY: the largest of what these calls read is shorter than twice an `ifreq`.
+        let mut room = [request; 3];
+        // SAFETY: `room` lives across the call.
+        let rc = unsafe { libc::ioctl(socket, what, room.as_mut_ptr()) };
+        let error = io::Error::last_os_error();
+        let refused = rc < 0 && error.raw_os_error() != Some(libc::EINVAL);
+        door(&format!("set {name}"), refused, error);
+    }
+    // RTM_NEWADDR: 127.9.9.9/8 on loopback.
+    // SAFETY: takes no pointer.
+    let netlink = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0) };
+    let message: [u8; 32] = [
+        32, 0, 0, 0, 20, 0, 5, 6, 1, 0, 0, 0, 0, 0, 0,
+        0, // length, type, request|ack|create|excl
+        2, 8, 0, 0, 1, 0, 0, 0, // inet, prefix, link 1
+        8, 0, 2, 0, 127, 9, 9, 9, // local address
+    ];
+    // SAFETY: the message lives across the call with its true length.
+    unsafe { libc::send(netlink, message.as_ptr().cast(), message.len(), 0) };
+    let mut answer = [0_u8; 64];
+    // SAFETY: `answer` lives across the call with its true length.
+    let got = unsafe { libc::recv(netlink, answer.as_mut_ptr().cast(), answer.len(), 0) };
+    let error = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
+    door("add address by netlink", got < 20 || error < 0, error);
+    for name in ["ipv4/ip_forward", "ipv4/ping_group_range", "core/somaxconn", "ipv4/tcp_rmem"] {
+        let result = fs::write(format!("/proc/sys/net/{name}"), "1 1 1");
+        refused(&format!("write net/{name}"), result);
+    }
+}
+
+/// Uses loopback so that nobody could take this network for one that was never used, then says which it is.
+pub(crate) fn use_network() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (_here, _) = listener.accept().unwrap();
+    there.write_all(b"a secret").unwrap();
+    println!("{}", fs::read_link("/proc/self/ns/net").unwrap().display());
 }
 
 /// I4: rights that grow.

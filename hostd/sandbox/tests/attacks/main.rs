@@ -30,6 +30,9 @@ fn main() {
     if args.get(1).is_some_and(|a| a == "__hoard") {
         return inside::hoard();
     }
+    if args.get(1).is_some_and(|a| a == "__use-network") {
+        return inside::use_network();
+    }
     if args.get(1).is_some_and(|a| a == "__attack") {
         return inside::attack(&Host::from_args(&args[2..]));
     }
@@ -40,6 +43,7 @@ fn main() {
         ("a_working_directory_does_not_leak", a_working_directory_does_not_leak),
         ("planted_mount_points", planted_mount_points),
         ("hoards_are_counted_by_box", hoards_are_counted_by_box),
+        ("a_used_network_serves_nobody_else", a_used_network_serves_nobody_else),
         ("bombs_do_not_reach_the_neighbour", bombs_do_not_reach_the_neighbour),
     ]);
 }
@@ -153,6 +157,37 @@ fn every_door_is_closed_with_a_network() {
     assert!(out.contains("resolver: nameserver 198.18.0.1"), "{out}");
     assert!(!place.root.join("planted/resolver").exists(), "a planted link was followed");
     println!("{closed} doors closed, with a network device");
+}
+
+/// Network namespaces serve again only while nothing was ever sent in them: what a box did is not there for the next.
+fn a_used_network_serves_nobody_else() {
+    let mut place = place(1);
+    house::install(&place.root, &std::env::current_exe().unwrap(), "probe");
+    let look = "readlink /proc/self/ns/net; cat /proc/net/dev /proc/net/sockstat /proc/net/snmp";
+    let mut used = Vec::new();
+    let mut quiet: Vec<String> = Vec::new();
+    let mut text = None;
+    for round in 0..24 {
+        if round % 3 == 2 {
+            let running = place.claim(Program::new(["probe", "__use-network"])).unwrap();
+            used.push(place.finish(running).0.trim().to_owned());
+            continue;
+        }
+        let (out, _, _) = place.shell(look);
+        let (name, seen) = out.split_once('\n').unwrap();
+        assert!(!used.iter().any(|used| used == name), "{name} served again after it was used");
+        quiet.push(name.to_owned());
+        // The whole machine's pages and memory of sockets aside, every box sees the same: an unused network.
+        let ours = |line: &&str| !line.contains("mem") && !line.starts_with("TCP: inuse");
+        let seen: String = seen.lines().filter(ours).collect();
+        assert_eq!(*text.get_or_insert_with(|| seen.clone()), seen);
+    }
+    assert_eq!(used.len(), 8);
+    quiet.sort();
+    let boxes = quiet.len();
+    quiet.dedup();
+    assert!(quiet.len() < boxes, "no network served twice");
+    println!("{boxes} quiet boxes had {} networks", quiet.len());
 }
 
 fn failed(place: &mut Place, program: Program) -> String {
