@@ -118,6 +118,7 @@ pub(crate) fn spec(root: &Path, id: u128) -> ClaimSpec {
         program: Program::new(["/tiny"]),
         hostname: String::new(),
         limits: Limits::default(),
+        network: None,
     }
 }
 

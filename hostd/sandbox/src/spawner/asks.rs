@@ -186,7 +186,7 @@ impl Spawning {
         if let Some(refusal) = refusal {
             return self.answer(from, Answer::Refused(refusal), Vec::new());
         }
-        if let Some(slot) = self.parked(&claim.shape) {
+        if let Some(slot) = self.parked(&claim) {
             return self.hand_out(slot, from, claim, fds, received_ns);
         }
         let on_the_way = self.tally.total(State::Preparing) > 0;
@@ -200,8 +200,8 @@ impl Spawning {
         self.waiting.push_back(Waiting { claim, fds, number: from.1, received_ns, deadline });
     }
 
-    fn parked(&self, shape: &str) -> Option<u32> {
-        self.tally.ready(self.shape_named(shape)?)
+    fn parked(&self, claim: &Claim) -> Option<u32> {
+        self.tally.ready(self.shape_named(&claim.shape)?, claim.network.is_some())
     }
 
     /// Gives waiting claims the boxes that have become ready.
@@ -209,7 +209,7 @@ impl Spawning {
         let Some(generation) = self.connection.as_ref().map(|c| c.generation) else { return };
         let mut still = std::collections::VecDeque::new();
         while let Some(w) = self.waiting.pop_front() {
-            match self.parked(&w.claim.shape) {
+            match self.parked(&w.claim) {
                 Some(slot) => {
                     self.hand_out(slot, (generation, w.number), w.claim, w.fds, w.received_ns);
                 }
@@ -312,6 +312,8 @@ impl Spawning {
         };
         given.extend(inner);
         if claim.network.is_some() {
+            // What gets a device never serves another.
+            built.net = None;
             let node =
                 super::setup::tun_node().map_err(|e| (Fault::os("/dev/net/tun", &e), true))?;
             given.push(node);

@@ -141,12 +141,14 @@ pub(super) struct Mould<'a> {
     pub(super) filters: &'a Filters,
     pub(super) tally: &'a Rc<Tally>,
     pub(super) nets: &'a mut Nets,
+    /// Whether the box is to make a network namespace of its own.
+    pub(super) own_network: bool,
 }
 
 impl Boxed {
     /// Clones a box and lets it park. On failure gives the groups back.
     pub(super) fn make(mould: Mould<'_>) -> Result<Self, Box<(Group, Fault)>> {
-        let Mould { slot, shape, uid_base, group, dev, filters, tally, nets } = mould;
+        let Mould { slot, shape, uid_base, group, dev, filters, tally, nets, own_network } = mould;
         let made = (|| -> io::Result<_> {
             let dev = sys::clone_tree(dev, "", false)?;
             let (ours, theirs) = packet::pair()?;
@@ -156,7 +158,7 @@ impl Boxed {
             // The creator of a user namespace pays for what is counted by user (inotify instances, pending
             // signals, processes of RLIMIT_NPROC). So each box is created by its own user, or one box
             // could use up root's and with it everybody's.
-            let net = nets.enter_spare()?;
+            let net = if own_network { None } else { nets.enter_spare()? };
             sys::set_effective_uid(uid_base)?;
             // SAFETY: the spawner has one thread, always.
             let cloned = unsafe { fork::clone_process(flags, into.as_ref().map(AsFd::as_fd)) };
@@ -185,9 +187,9 @@ impl Boxed {
                 pidfd,
                 control,
                 userns: Some(userns),
+                entry: Entry::new(tally, shape, slot, net.is_none()),
                 net,
                 group,
-                entry: Entry::new(tally, shape, slot),
                 made_at: Instant::now(),
                 was_ready: false,
                 paused: false,

@@ -17,8 +17,9 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::sys;
 
-/// Spare ones that are kept. Each holds some tens of kilobytes of the kernel's memory.
-const SPARE_MAX: usize = 64;
+/// Spare ones that are kept: what ends at once is made again soon. Each holds some tens of kilobytes of the kernel's
+/// memory, and a descriptor.
+const SPARE_MAX: usize = 16;
 
 /// What tells a namespace that was used from one that was not; of `sockstat` the first line, since the rest of it
 /// counts the whole machine.

@@ -14,6 +14,9 @@ use crate::spec::{Config, Event, Exited, PoolState, Shape, UIDS_A_BOX};
 
 /// Boxes being made at once. Each does its own work on whatever core is free.
 const PREPARING_MAX: usize = 4;
+/// Parked boxes of a shape that have a network namespace of their own, at most a quarter of them: where networks are
+/// wanted often, those that were used do not serve again, and so there are more.
+const OWN_NETWORKS: usize = 2;
 /// A program that was just executed gets this long before boxes are made again, unless a pool is half empty: what
 /// makes a box would take the core from under its first instructions.
 const QUIET: Duration = Duration::from_micros(500);
@@ -88,6 +91,16 @@ impl Spawning {
         (0..self.config.shapes.len()).filter(|s| lack(*s) > 0).max_by_key(|s| lack(*s))
     }
 
+    /// Whether the next box should make a network namespace of its own: claims that want one wait for it, and a few are
+    /// kept for those to come.
+    fn lacks_own_network(&self, shape: usize) -> bool {
+        let name = &self.config.shapes[shape].name;
+        let wanted = |w: &&super::Waiting| w.claim.network.is_some() && w.claim.shape == *name;
+        let waiting = self.waiting.iter().filter(wanted).count();
+        let kept = OWN_NETWORKS.min(self.config.shapes[shape].parked as usize / 4);
+        self.tally.own_networks(shape) < waiting + kept
+    }
+
     pub(super) fn refill_due(&self, now: Instant) -> Option<Duration> {
         let launching = self.tally.total(State::Starting) > 0;
         let quiet = self.refill.quiet_for(now);
@@ -130,6 +143,7 @@ impl Spawning {
                 return Err(Fault::os("cgroup", &e));
             }
         };
+        let own_network = self.lacks_own_network(shape);
         let made = Boxed::make(Mould {
             slot,
             shape,
@@ -139,6 +153,7 @@ impl Spawning {
             filters: &self.filters,
             tally: &self.tally,
             nets: &mut self.nets,
+            own_network,
         });
         match made {
             Ok(built) => {
