@@ -142,8 +142,9 @@ struct Row {
     /// Since its host said so; absent if it was asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     heard_ms: Option<u64>,
-    /// Egress rules; none: no egress.
-    egress: Vec<String>,
+    /// Egress rules; none: no egress; absent: not told by a list from records.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    egress: Option<Vec<String>>,
     published: Vec<PublishedRow>,
 }
 
@@ -203,11 +204,11 @@ impl From<SandboxRecord> for Row {
             age_ms: record.age_ms,
             left_ms: record.left_ms,
             heard_ms: None,
-            egress: match record.network {
+            egress: Some(match record.network {
                 Network::None => Vec::new(),
                 Network::Egress(rules) if rules.is_empty() => vec!["any".to_owned()],
                 Network::Egress(rules) => rules,
-            },
+            }),
             published: record.published.into_iter().map(PublishedRow::from).collect(),
         }
     }
@@ -254,10 +255,16 @@ pub(crate) fn list(flags: &ListFlags) -> Result<(), Failure> {
         if recorded.more {
             eprintln!("there are more; these are the newest. Narrow the list by --label.");
         }
-        let row = |listed: Listed| Row { heard_ms: Some(listed.heard_ms), ..listed.record.into() };
+        let row = |listed: Listed| Row {
+            heard_ms: Some(listed.heard_ms),
+            egress: None,
+            ..listed.record.into()
+        };
         recorded.listed.into_iter().map(row).collect()
     };
-    let heads = ["SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "HEARD", "LABELS", "PORTS", "COMMAND"];
+    let heads = [
+        "SANDBOX", "IMAGE", "SHAPE", "STATE", "AGE", "LEFT", "HEARD", "LABELS", "PORTS", "COMMAND",
+    ];
     show::list(flags.output, &rows, heads, |row| {
         [
             row.sandbox.clone(),
@@ -297,7 +304,7 @@ pub(crate) fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
         ("age", show::age(row.age_ms)),
         ("left", row.left()),
         ("labels", row.labels()),
-        ("egress", show::or_dash(&row.egress.join(","))),
+        ("egress", show::or_dash(&row.egress.clone().unwrap_or_default().join(","))),
         ("ports", row.ports()),
         ("command", row.command.join(" ")),
     ];

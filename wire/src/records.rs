@@ -22,7 +22,11 @@ use crate::{
 /// Bytes of the command that a record keeps: what a list shows of it.
 pub const COMMAND_BYTES_MAX: usize = 96;
 /// Bytes of all labels of a record, [`STRING_BYTES`] for each string included. Labels beyond are found by asking hosts only.
-pub const LABELS_BYTES_MAX: usize = 448;
+pub const LABELS_BYTES_MAX: usize = 384;
+/// Published ports that a record keeps.
+pub const PUBLISHED_MAX: usize = 3;
+/// Bytes of one: its port and an address, the longest of which has 47.
+const PUBLISHED_BYTES: usize = 80;
 /// Bytes that the archive takes for a string beside its own, padding included.
 const STRING_BYTES: usize = 8;
 /// Bytes of a record of empty strings and lists, rounded up.
@@ -36,6 +40,7 @@ const _: () = assert!(
         + COMMAND_BYTES_MAX
         + STRING_BYTES
         + LABELS_BYTES_MAX
+        + PUBLISHED_MAX * PUBLISHED_BYTES
         + FRAME_BYTES
         <= BODY_BYTES_MAX
 );
@@ -66,7 +71,7 @@ fn cut(text: &mut String, bytes_max: usize) {
     }
 }
 
-/// Cuts what is long, and leaves out what a list does not show: rules and ports of the network.
+/// Cuts what is long, and leaves out what a list does not show: rules of the network.
 #[must_use]
 pub fn bounded(mut record: SandboxRecord) -> SandboxRecord {
     cut(&mut record.tenant, NAME_BYTES_MAX);
@@ -85,7 +90,8 @@ pub fn bounded(mut record: SandboxRecord) -> SandboxRecord {
     let count = record.labels.iter().take_while(fit).count();
     record.labels.truncate(count);
     record.network = Network::default();
-    record.published = Vec::new();
+    record.published.truncate(PUBLISHED_MAX);
+    record.published.iter_mut().for_each(|one| cut(&mut one.address, 48));
     record
 }
 
@@ -96,7 +102,13 @@ fn bytes_of(record: &SandboxRecord) -> usize {
         record.labels.iter().map(|(name, value)| string(name) + string(value)).sum();
     let command: usize = record.command.iter().map(string).sum();
     // Tenant and image are counted without their heads, which stand in the record.
-    RECORD_BYTES + record.tenant.len() + record.image.len() + STRING_BYTES * 2 + labels + command
+    RECORD_BYTES
+        + record.published.len() * PUBLISHED_BYTES
+        + record.tenant.len()
+        + record.image.len()
+        + STRING_BYTES * 2
+        + labels
+        + command
 }
 
 impl Records {
@@ -180,7 +192,7 @@ mod tests {
     use std::format;
 
     use super::*;
-    use crate::{LaunchId, SandboxId, Seq, call::State, seal::FleetKey};
+    use crate::{LaunchId, SandboxId, Seq, call::State, network::Published, seal::FleetKey};
 
     fn record(local: u64, long: usize) -> SandboxRecord {
         let text = |len: usize| "\u{fc}".repeat(len / 2);
@@ -196,7 +208,9 @@ mod tests {
             age_ms: 5,
             left_ms: 6,
             network: Network::default(),
-            published: Vec::new(),
+            published: (0..long)
+                .map(|port| Published { port: 1, address: format!("{:>47}", port) })
+                .collect(),
         }
     }
 
