@@ -345,7 +345,7 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         hub: Arc::new(HubFigures::default()),
         scan: Arc::new(ScanFigures::default()),
         publish: Arc::new(PublishFigures::default()),
-        listing: Arc::default(),
+        records_kept: Arc::default(),
     };
     let hub = Hub {
         shards: shards.clone(),
@@ -357,7 +357,7 @@ async fn spawn_parts(running: &Running, parts: Parts<'_>, inlets: Inlets) -> Sou
         figures: Arc::clone(&sources.hub),
     };
     tasks.spawn(hub.run(inlets.events, inlets.news, stop.clone()));
-    let recorder = Recorder::new(Arc::clone(&store), Arc::clone(&sources.listing));
+    let recorder = Recorder::new(Arc::clone(&store), Arc::clone(&sources.records_kept));
     tasks.spawn(recorder.run(inlets.records, stop.clone()));
     tasks.spawn(writer::write_all(Arc::clone(&store), shards.clone(), inlets.batches));
     let scanner = Scanner {

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use wire::{CapacityWord, HostId};
 
-use super::{Doing, Store, StoreError};
+use super::{Doing, Store, StoreError, listed::Kept};
 
 /// A database that is up answers within this; an aggregator then starts with all that it holds.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -138,6 +138,14 @@ impl Store for LateStore {
 
     fn clear_drain(&self, host: HostId) -> Doing<'_, ()> {
         async move { self.store()?.clear_drain(host).await }.boxed()
+    }
+
+    fn keep_sandboxes<'a>(&'a self, batch: &'a [Kept]) -> Doing<'a, ()> {
+        async move { self.store()?.keep_sandboxes(batch).await }.boxed()
+    }
+
+    fn sandboxes<'a>(&'a self, tenant: &'a str, partition: u8, max: usize) -> Doing<'a, Vec<Kept>> {
+        async move { self.store()?.sandboxes(tenant, partition, max).await }.boxed()
     }
 
     fn check(&self) -> Doing<'_, String> {
