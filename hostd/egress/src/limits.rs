@@ -79,4 +79,4 @@ pub(crate) const THREADS_MAX: usize = 4;
 
 const _: () =
     assert!(wire::limits::RULES_MAX * wire::limits::RULE_BYTES_MAX * 2 < MESSAGE_BYTES_MAX);
-const _: () = assert!(MTU <= 65_535 && MTU % 16 == 0);
+const _: () = assert!(MTU <= 65_535 && MTU.is_multiple_of(16));
