@@ -252,3 +252,47 @@ async fn a_stopped_node_makes_rows_wait_and_loses_nobody() {
     assert_eq!((read.len(), found.seq), (2_000, newest));
     running.stop().await;
 }
+
+/// D1 on three nodes that each hold every row: one is killed, and nothing is missed. `VOLLEY_RING=1`, for it takes 3 GiB and
+/// a minute.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_of_three_is_killed_and_nothing_is_missed() {
+    if std::env::var("VOLLEY_RING").is_err() {
+        return println!("skipped: three nodes want VOLLEY_RING=1");
+    }
+    let [first, second, mut third] = match Cassandra::ring().await {
+        Ok(ring) => ring,
+        Err(why) => return println!("skipped: {why}"),
+    };
+    println!("{}", heartbeat::store::check(&first.url).await.unwrap());
+    let fleet = Fleet { store: first.url.clone(), ..Fleet::new() };
+    let running = fleet
+        .start(|config| (config.scan_ms, config.grace_ms, config.flush_ms) = (500, 2_000, 200))
+        .await;
+    let mut senders = fleet.senders(2_000, &[running.udp]);
+    let written = async |senders: &mut heartbeat::fleet_sender::FleetSender| {
+        let began = Instant::now();
+        senders.beat_all(100_000).unwrap();
+        until("all rows are written", async || {
+            let waiting: u64 = running.shards.figures().await.iter().map(|shard| shard.dirty).sum();
+            (waiting == 0).then_some(())
+        })
+        .await;
+        began.elapsed()
+    };
+    println!("2,000 rows in three copies: {:?}", written(&mut senders).await);
+    let store = ScyllaStore::open(first.url.strip_prefix("scylla://").unwrap()).await.unwrap();
+    assert_eq!(store.lease(7, 60_000).await, Ok(true));
+    third.kill();
+    println!("one node killed: rows written after {:?}", written(&mut senders).await);
+    let read = scan(&store).await;
+    let newest = read.iter().filter(|row| row.seq == senders.hosts[0].beat.seq).count();
+    assert_eq!((read.len(), newest), (2_000, 2_000), "a quorum has every row");
+    assert_eq!(store.lease(8, 60_000).await, Ok(false), "and the lease");
+    until("the map goes on", async || {
+        published(&fleet.objects()).await.filter(|(head, _)| head.count == 2_000)
+    })
+    .await;
+    running.stop().await;
+    drop((first, second));
+}

@@ -30,6 +30,7 @@ use house::{House, figure, number};
 use load::Load;
 
 const RATE: u64 = 25_000;
+const WARMING_UP: &str = "warming up";
 
 const PUBLISHED: &str = "volley_heartbeatd_map{what=\"published\"}";
 const LEADS: &str = "volley_heartbeatd_map{what=\"leads\"}";
@@ -97,7 +98,10 @@ async fn a_fleet_of_100_000_loses_each_of_its_parts_and_no_launch() {
     house.expect_everybody();
     house.start_placer();
     let load = Load::start(&house);
+    // 256 connections are made, and a list of 100,000 passes through the same placer: this time is not judged.
     all_hosts_are_listed(&house);
+    pass(&mut house, Duration::from_secs(5)).await;
+    load.phase(WARMING_UP);
     pass(&mut house, Duration::from_secs(5)).await;
     load.phase("all is well");
 
@@ -114,7 +118,7 @@ async fn a_fleet_of_100_000_loses_each_of_its_parts_and_no_launch() {
             phase.name, phase.launched, phase.started, phase.slowest_ms
         );
     }
-    for phase in &phases {
+    for phase in phases.iter().filter(|phase| phase.name != WARMING_UP) {
         assert!(phase.launched > 0 && phase.started == phase.launched, "{phase:?}");
     }
     println!("real hosts that started something: {}", house.hosts_that_started());

@@ -232,6 +232,9 @@ impl Beat {
         if going_home {
             self.home_seq = Some(self.next_seq);
             self.home_ms = Some(now_ms + self.home_wait(random));
+            // Nobody may be there: unless it answers, the one that did last hears of us at once (FAULTS H8).
+            self.since_ask = ASK_EVERY;
+            self.ask_again_ms = Some(now_ms + ASK_WAIT_MS.min(interval));
         } else if ask {
             self.since_ask = 0;
             self.tries += 1;
