@@ -117,7 +117,11 @@ impl Images {
         for mounter in mounters {
             match mounter.metrics().await {
                 Ok(metrics) => sum.add(&metrics),
-                Err(error) => tracing::debug!(%error, "an image server did not say its figures"),
+                Err(_) => {
+                    if let Err(error) = mounter.revive().await {
+                        tracing::error!(%error, "no image server");
+                    }
+                }
             }
         }
         sum

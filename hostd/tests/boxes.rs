@@ -56,6 +56,9 @@ fn main() {
         ("connections_and_bandwidth_are_bounded", network::connections_and_bandwidth_are_bounded),
         ("egress_outlives_hostd_and_its_worker", network::egress_outlives_hostd_and_its_worker),
         ("published_ports_lead_in", network::published_ports_lead_in),
+        ("a_first_run_leaves_a_boot_pack", a_first_run_leaves_a_boot_pack),
+        ("images_by_loop_devices", images_by_loop_devices),
+        ("image_processes_go_when_hostd_does_not_come_back", crashes::image_processes_go),
     ]);
 }
 
@@ -340,5 +343,64 @@ fn many_boxes_come_and_go() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
+    place.end();
+}
+
+/// Names of boot packs that are stored, with their bytes.
+fn boot_packs(place: &Place) -> Vec<(String, u64)> {
+    let images = std::fs::read_dir(place.objects().join("boot")).into_iter().flatten().flatten();
+    let packs = images.flat_map(|image| std::fs::read_dir(image.path()).into_iter().flatten());
+    let row = |entry: std::fs::DirEntry| {
+        (entry.file_name().to_string_lossy().into_owned(), entry.metadata().unwrap().len())
+    };
+    packs.flatten().map(row).filter(|(name, _)| !name.contains('#')).collect()
+}
+
+/// What a first run read is there for the next host, which then reads nothing else.
+fn a_first_run_leaves_a_boot_pack() {
+    let mut place = Place::new();
+    let run = |place: &Place, n| {
+        block_on(async {
+            let placer = place.placer().await;
+            let id = started(&placer, &request(n, "img", &["sh", "-c", "ls / >&2; id"])).await;
+            assert_eq!(exited(&placer, id.sandbox).await.code, 0);
+        });
+    };
+    run(&place, 1);
+    let begun = Instant::now();
+    let packs = loop {
+        let packs = boot_packs(&place);
+        // The command's own, and the same for commands that have none.
+        if packs.len() == 2 {
+            break packs;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(8), "{packs:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(packs.iter().any(|(name, _)| name == "default"), "{packs:?}");
+    assert!(packs.iter().all(|(_, bytes)| *bytes > 100_000), "{packs:?}");
+    // A host that never saw the image, on a store whose packs are gone: all that the run reads is in the boot pack.
+    place.forget_images();
+    let moved = place.objects().with_file_name("away");
+    std::fs::rename(place.objects().join("pack"), &moved).unwrap();
+    run(&place, 2);
+    std::fs::rename(moved, place.objects().join("pack")).unwrap();
+    place.end();
+}
+
+/// The way for kernels that mount EROFS from devices only.
+fn images_by_loop_devices() {
+    let place = Place::with(|config| config.image_mount = hostd_image::MountBy::Loop);
+    block_on(async {
+        let placer = place.placer().await;
+        let id = started(&placer, &request(1, "img", &["sh", "-c", "id; ls /"])).await.sandbox;
+        let (out, err, exit) = attach_all(&placer, id, MAIN_PROCESS, 0).await;
+        assert_eq!(exit.unwrap().code, 0, "{err}");
+        assert!(out.contains("uid=0") && out.contains("etc"), "{out}");
+    });
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let state = place.state().display().to_string();
+    let by_loop = |line: &&str| line.starts_with("/dev/loop") && line.contains(&state);
+    assert_eq!(mounts.lines().filter(by_loop).count(), 1, "{mounts}");
     place.end();
 }

@@ -245,6 +245,12 @@ fn list(flags: &ListFlags) -> Result<(), Failure> {
 
 fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
     #[derive(Serialize)]
+    struct BootPack {
+        entry: String,
+        stored_bytes: u64,
+        age_seconds: u64,
+    }
+    #[derive(Serialize)]
     struct Row {
         id: String,
         files: u64,
@@ -252,6 +258,7 @@ fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
         stored_bytes: u64,
         meta_bytes: u64,
         index_bytes: u64,
+        boot_packs: Vec<BootPack>,
         config: hostd_image::ImageConfig,
     }
     let file = ClientFile::load(&flags.client)?;
@@ -260,6 +267,17 @@ fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
     let inspected = hostd_image::inspect(store, &tenant, &flags.image);
     let image = runtime()?.block_on(inspected)?;
     let (config, totals) = (image.config, image.totals);
+    let boot_pack = |pack: hostd_image::BootRow| BootPack {
+        entry: pack.entry,
+        stored_bytes: pack.stored,
+        age_seconds: pack.written.elapsed().map_or(0, |age| age.as_secs()),
+    };
+    let boot_packs: Vec<_> = image.boot_packs.into_iter().map(boot_pack).collect();
+    let told = |pack: &BootPack| {
+        let age = humantime::format_duration(Duration::from_secs(pack.age_seconds));
+        format!("{} ({}, {age} old)", pack.entry, show::bytes(pack.stored_bytes))
+    };
+    let boot_lines: Vec<_> = boot_packs.iter().map(told).collect();
     let pairs = [
         ("id", image.id.to_string()),
         ("files", show::count(totals.files)),
@@ -267,6 +285,7 @@ fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
         ("stored", show::bytes(totals.stored)),
         ("metadata", show::bytes(image.meta_bytes)),
         ("index", show::bytes(image.index_bytes)),
+        ("boot packs", show::or_dash(&boot_lines.join(", "))),
         ("system", format!("{}/{}", config.os, config.arch)),
         ("entrypoint", show::or_dash(&config.entrypoint.join(" "))),
         ("command", show::or_dash(&config.cmd.join(" "))),
@@ -281,6 +300,7 @@ fn inspect(flags: &InspectFlags) -> Result<(), Failure> {
         stored_bytes: totals.stored,
         meta_bytes: image.meta_bytes,
         index_bytes: image.index_bytes,
+        boot_packs,
         config,
     };
     show::one(flags.output, &row, &pairs)

@@ -33,6 +33,19 @@ pub struct ImageReport {
     pub meta_bytes: u64,
     /// Bytes of its object index.
     pub index_bytes: u64,
+    /// Its boot packs.
+    pub boot_packs: Vec<BootRow>,
+}
+
+/// A boot pack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootRow {
+    /// What it is of: `default` serves runs that have none of their own; see [`crate::Run::entry`].
+    pub entry: String,
+    /// Its bytes.
+    pub stored: u64,
+    /// When it was written.
+    pub written: std::time::SystemTime,
 }
 
 impl DomainStore {
@@ -123,11 +136,21 @@ pub async fn inspect(
     let at = DomainStore::new(store, domain)?;
     let id = at.resolve(name_or_id).await?;
     let manifest = at.manifest(id).await?;
+    let prefix = object_store::path::Path::from(format!("boot/{id}"));
+    let listed: Vec<_> =
+        at.store.list(Some(&prefix)).try_collect().await.map_err(ImageError::Store)?;
+    let row = |meta: object_store::ObjectMeta| {
+        let entry = meta.location.filename()?.to_owned();
+        Some(BootRow { entry, stored: meta.size, written: meta.last_modified.into() })
+    };
+    let mut boot_packs: Vec<_> = listed.into_iter().filter_map(row).collect();
+    boot_packs.sort_unstable_by(|a, b| a.entry.cmp(&b.entry));
     Ok(ImageReport {
         id,
         config: manifest.config,
         totals: manifest.totals,
         meta_bytes: manifest.meta.bytes,
         index_bytes: manifest.index.bytes,
+        boot_packs,
     })
 }

@@ -53,7 +53,7 @@ enum Link {
         runtime: Option<Runtime>,
     },
     /// In a holder's worker, which stays as long as we say that we are there.
-    Outside { control: Control, _held: Held },
+    Outside { control: Control, config: HeldConfig, _held: Held },
 }
 
 /// Where things are below the state directory.
@@ -155,14 +155,24 @@ impl LazyHost {
     ) -> Result<Self, ImageError> {
         let dirs = Dirs::below(&config.state_dir, &config.domain);
         let control = Control::new(&dirs.control());
+        let config = HeldConfig::new(config, objects);
         if control.ask_now(&Question::Metrics).await.is_err() {
-            let held = HeldConfig::new(config, objects);
-            blocking("start the image holder", move || holder::start(&held)).await?;
-            control.ask(&Question::Metrics).await?;
+            start_holder(&config, &control).await?;
         }
         let held = Held::begin(&dirs.control())
             .map_err(|e| ImageError::host("keep the image holder", e))?;
-        Ok(Self { dirs, meta_by, link: Link::Outside { control, _held: held } })
+        Ok(Self { dirs, meta_by, link: Link::Outside { control, config, _held: held } })
+    }
+
+    /// Starts another holder when there is neither a worker nor anybody who would replace it. What was mounted is gone then:
+    /// `true`.
+    pub(crate) async fn revive(&self) -> Result<bool, ImageError> {
+        let Link::Outside { control, config, .. } = &self.link else { return Ok(false) };
+        if control.ask_now(&Question::Metrics).await.is_ok() {
+            return Ok(false);
+        }
+        start_holder(config, control).await?;
+        Ok(true)
     }
 
     /// Opens an image, so that what is wrong with it is said in its own words and not as an errno of `mount`.
@@ -310,6 +320,12 @@ impl LazyHost {
             }
         }
     }
+}
+
+async fn start_holder(config: &HeldConfig, control: &Control) -> Result<(), ImageError> {
+    let config = config.clone();
+    blocking("start the image holder", move || holder::start(&config)).await?;
+    control.ask(&Question::Metrics).await.map(drop)
 }
 
 /// Asks what nobody waits for the answer to.

@@ -55,7 +55,7 @@ mod unpack;
 mod unpacked;
 mod worker;
 
-pub use catalog::{ImageReport, ImageRow, config, inspect, list, resolve};
+pub use catalog::{BootRow, ImageReport, ImageRow, config, inspect, list, resolve};
 pub use gc::{Swept, gc, remove_name};
 pub use holder::{OpenStore, main_if_asked};
 pub use id::NameError;

@@ -272,6 +272,23 @@ impl Mounter {
         }
     }
 
+    /// Looks that the holder's server is there, and starts another holder when both have died. Sandboxes on the images of
+    /// the dead one read errors from then on; new ones have the images mounted anew.
+    ///
+    /// # Errors
+    /// When none can be started.
+    pub async fn revive(&self) -> Result<(), ImageError> {
+        let Host::Lazy(host) = &self.host else { return Ok(()) };
+        if host.revive().await? {
+            tracing::error!(
+                "the image holder was gone, and its mounts with it: another was started"
+            );
+            self.slots().clear();
+            self.runs.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        Ok(())
+    }
+
     /// The image that a name or an id says.
     ///
     /// # Errors

@@ -97,16 +97,33 @@ pub(crate) fn open_unpacked(path: &Path) -> io::Result<Box<dyn Read>> {
     })
 }
 
-/// An archive of an image begins with what only those begin with; anything else that is a tar is a root file system.
+/// Names at the top that only archives of images have.
+const OF_ARCHIVES: [&str; 5] =
+    ["blobs", "oci-layout", "index.json", "manifest.json", "repositories"];
+/// Names at the top that root file systems have and archives of images do not.
+const OF_ROOTS: [&str; 18] = [
+    "bin", "boot", "dev", "etc", "home", "lib", "lib32", "lib64", "media", "mnt", "opt", "proc",
+    "root", "run", "sbin", "sys", "usr", "var",
+];
+/// Entries that are looked at: whoever has as many with none of those names is a root file system of a kind.
+const ENTRIES_LOOKED_AT: usize = 4_096;
+
+/// Tells an archive of an image from a root file system by the first name that only one of them has.
 fn detect_file(path: &Path) -> io::Result<Source> {
     let mut reader = TarReader::new(open_unpacked(path)?);
-    let first = reader.next_entry()?.map(|entry| entry.path).unwrap_or_default();
-    let first = String::from_utf8_lossy(&first);
-    let first = first.trim_start_matches("./").trim_end_matches('/');
-    let head = first.split('/').next().unwrap_or_default();
-    let stem = head.split('.').next().unwrap_or_default();
-    let named = ["blobs", "oci-layout", "index.json", "manifest.json", "repositories"];
-    let hex = stem.len() == 64 && stem.bytes().all(|b| b.is_ascii_hexdigit());
-    let make = if hex || named.contains(&head) { Source::Archive } else { Source::RootfsTar };
-    Ok(make(path.to_owned()))
+    for _ in 0..ENTRIES_LOOKED_AT {
+        let Some(entry) = reader.next_entry()? else { break };
+        let name = String::from_utf8_lossy(&entry.path);
+        let name = name.trim_start_matches("./").trim_end_matches('/');
+        let head = name.split('/').next().unwrap_or_default();
+        let stem = head.split('.').next().unwrap_or_default();
+        let hex = stem.len() == 64 && stem.bytes().all(|b| b.is_ascii_hexdigit());
+        if hex || OF_ARCHIVES.contains(&head) {
+            return Ok(Source::Archive(path.to_owned()));
+        }
+        if OF_ROOTS.contains(&head) {
+            break;
+        }
+    }
+    Ok(Source::RootfsTar(path.to_owned()))
 }

@@ -207,6 +207,72 @@ fn roots_in_use_outlive_hostd() {
     place.assert_gone();
 }
 
+/// The holder dies with a hundred readers in flight, then hostd too: the worker answers them all, and the next hostd
+/// finds it.
+fn a_killed_holder_and_hostd_with_readers_in_flight() {
+    let place = Place::new();
+    let mounter = place.mounter();
+    let target = place.overlay(&place.layers(&mounter));
+    for n in 0..FILES {
+        fs::metadata(target.join(n.to_string())).unwrap();
+    }
+    let holders = children_of(std::process::id(), "__image-holder");
+    std::thread::scope(|scope| {
+        let target = &target;
+        let reads = scope.spawn(move || read_all(target, 0..FILES));
+        std::thread::sleep(Duration::from_millis(60));
+        kill(holders[0]);
+        std::thread::sleep(Duration::from_millis(20));
+        // As by `kill -9`.
+        std::mem::forget(mounter);
+        reads.join().unwrap();
+    });
+    let again = place.mounter();
+    let metrics = place.runtime.block_on(again.metrics()).unwrap();
+    assert_eq!(metrics.eio, 0, "{metrics:?}");
+    place.layers(&again);
+    hostd_image::unmount(&target).unwrap();
+    drop(again);
+    place.assert_gone();
+}
+
+/// Holder and worker die with readers in flight: those get errors and no other bytes, and images are mounted anew.
+fn a_killed_holder_and_worker_are_errors_and_heal() {
+    let place = Place::new();
+    let mounter = place.mounter();
+    let target = place.overlay(&place.layers(&mounter));
+    for n in 0..FILES {
+        fs::metadata(target.join(n.to_string())).unwrap();
+    }
+    let (holder, worker) = (children_of(std::process::id(), "__image-holder")[0], worker());
+    let failed = std::thread::scope(|scope| {
+        let target = &target;
+        let reads: Vec<_> = (0..FILES)
+            .map(|n| {
+                scope.spawn(move || match fs::read(target.join(n.to_string())) {
+                    Ok(got) => {
+                        assert!(got == noise(n), "file {n} has other bytes");
+                        0
+                    }
+                    Err(_) => 1,
+                })
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(60));
+        kill(holder);
+        kill(worker);
+        reads.into_iter().map(|read| read.join().unwrap()).sum::<u32>()
+    });
+    assert!(failed > 0, "all were read before the kill");
+    hostd_image::unmount(&target).unwrap();
+    place.runtime.block_on(mounter.revive()).unwrap();
+    let target = place.overlay(&place.layers(&mounter));
+    read_all(&target, 0..20);
+    hostd_image::unmount(&target).unwrap();
+    drop(mounter);
+    place.assert_gone();
+}
+
 fn main() -> ExitCode {
     hostd_image::main_if_asked(open);
     let place = Place::new();
@@ -215,13 +281,21 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     place.assert_gone();
-    let tests: [(&str, fn()); 3] = [
+    let tests: [(&str, fn()); 5] = [
         ("a_killed_worker_is_a_pause", a_killed_worker_is_a_pause),
         (
             "a_hostd_that_comes_back_finds_all_as_it_was",
             a_hostd_that_comes_back_finds_all_as_it_was,
         ),
         ("roots_in_use_outlive_hostd", roots_in_use_outlive_hostd),
+        (
+            "a_killed_holder_and_hostd_with_readers_in_flight",
+            a_killed_holder_and_hostd_with_readers_in_flight,
+        ),
+        (
+            "a_killed_holder_and_worker_are_errors_and_heal",
+            a_killed_holder_and_worker_are_errors_and_heal,
+        ),
     ];
     for (name, test) in tests {
         let started = Instant::now();

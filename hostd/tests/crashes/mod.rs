@@ -225,3 +225,25 @@ pub(crate) fn a_torn_journal_opens_and_nothing_stays_unowned() {
     }
     place.end();
 }
+
+/// A hostd that is killed and never comes back: holder and worker of its images take their mounts away and end, half a
+/// minute later, once nothing runs on them.
+pub(crate) fn image_processes_go() {
+    let mut place = Place::new();
+    block_on(async {
+        let placer = place.placer().await;
+        let id = started(&placer, &request(1, "img", &["true"])).await.sandbox;
+        assert_eq!(exited(&placer, id).await.code, 0);
+    });
+    assert_eq!(place.image_holders().len(), 1);
+    place.kill_hostd();
+    // Nothing keeps the spawner either: hostd is gone for good.
+    place.kill_spawner();
+    let begun = Instant::now();
+    while !place.image_holders().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(45), "an image holder stays");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    place.start_hostd();
+    place.end();
+}

@@ -166,6 +166,41 @@ impl Place {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
+    /// Holders of image mounts of this place, by the lock file that they hold; their workers are their children.
+    pub(crate) fn image_holders(&self) -> Vec<i32> {
+        let state = self.config.state.clone();
+        processes(|pid| {
+            let argument = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            argument.windows(14).any(|window| window == b"__image-holder")
+                && fs::read_dir(format!("/proc/{pid}/fd")).is_ok_and(|fds| {
+                    let mut links = fds.flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+                    links.any(|to| to.starts_with(&state))
+                })
+        })
+    }
+
+    pub(crate) fn state(&self) -> &Path {
+        &self.config.state
+    }
+
+    /// Where images are stored.
+    pub(crate) fn objects(&self) -> PathBuf {
+        self.fleet.dir.path().join("objects")
+    }
+
+    /// Another host's state: nothing of any image is there.
+    pub(crate) fn forget_images(&mut self) {
+        self.stop_hostd();
+        let begun = Instant::now();
+        let images = self.config.state.join("images");
+        while !self.image_holders().is_empty() {
+            assert!(begun.elapsed() < Duration::from_secs(5), "an image holder stays");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        fs::remove_dir_all(images).unwrap();
+        self.start_hostd();
+    }
+
     pub(crate) fn tear_journal(&self, bytes: u64) {
         let path = self.config.state.join("journal");
         let file = fs::OpenOptions::new().write(true).open(path).unwrap();
@@ -229,11 +264,13 @@ impl Place {
         loop {
             let left = processes(|pid| is_in(pid, &group));
             let groups = groups_left(&state);
-            if left.is_empty() && groups == 0 && mounts_of(self.fleet.dir.path()) == 0 {
+            let holders = self.image_holders();
+            let processes = left.len() + holders.len();
+            if processes + groups + mounts_of(self.fleet.dir.path()) == 0 {
                 return;
             }
             let what = format!(
-                "{left:?} processes, {groups} groups, {} mounts",
+                "{left:?} processes, {holders:?} image holders, {groups} groups, {} mounts",
                 mounts_of(self.fleet.dir.path())
             );
             assert!(begun.elapsed() < Duration::from_secs(5), "left: {what}");

@@ -337,3 +337,40 @@ mod mutated {
         }
     }
 }
+
+/// Set for the process in which the corpus is refused alone.
+const ALONE: &str = "VOLLEY_HOSTILE_ALONE";
+
+/// What FAULTS I5 asks for: 64 MiB and ten seconds for all of it. In a process of its own, for memory is a process's; its
+/// peak is what the kernel says of it, code and all.
+#[test]
+fn the_corpus_takes_little_memory_and_time() {
+    if std::env::var_os(ALONE).is_some() {
+        return;
+    }
+    let started = Instant::now();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--test-threads", "1", "--exact", "--nocapture"]);
+    for name in ["the_corpus_is_refused_by_rule", "whiteouts_follow_the_same_rules", "the_peak"] {
+        command.arg(format!("tests::hostile::{name}"));
+    }
+    let done = command.env(ALONE, "1").output().unwrap();
+    let took = started.elapsed();
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success(), "{said}");
+    let peak = said.split("peak_kib=").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let peak_kib: u64 = peak.unwrap().parse().unwrap();
+    println!("the corpus was refused in {took:?} and {peak_kib} KiB");
+    assert!(peak_kib < 64 << 10, "{peak_kib} KiB");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+/// Says the process's peak; named to run last of those above.
+#[test]
+fn the_peak() {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    println!("peak_kib={kib}");
+    assert!(kib > 0);
+}

@@ -287,3 +287,25 @@ async fn a_file_that_is_no_image_is_refused() {
     let source = Source::detect("docker.io/library/busybox:1.36").unwrap();
     assert_eq!(source, Source::Registry("docker.io/library/busybox:1.36".into()));
 }
+
+#[test]
+fn an_archive_is_known_by_any_name_that_only_archives_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let detected = |names: &[&str]| {
+        let path = dir.path().join("x.tar");
+        let mut tar = tar::Builder::new(fs::File::create(&path).unwrap());
+        for name in names {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(3);
+            header.set_mode(0o644);
+            tar.append_data(&mut header, name, &b"{}\n"[..]).unwrap();
+        }
+        tar.into_inner().unwrap();
+        Source::detect(path.to_str().unwrap()).unwrap()
+    };
+    let is_archive = |names: &[&str]| matches!(detected(names), Source::Archive(_));
+    assert!(is_archive(&["layer.tar", "a.json", "manifest.json"]));
+    assert!(is_archive(&["./VERSION", "./oci-layout"]));
+    assert!(!is_archive(&["some", "thing", "usr/lib/x", "manifest.json"]));
+    assert!(!is_archive(&["thing"]));
+}
