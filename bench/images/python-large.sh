@@ -50,7 +50,7 @@ host() {
     before=$(metric bytes_fetched)
     for turn in cold warm; do
         begun=$(date +%s%N)
-        "$VOLLEY" run --client "$client" --shape medium --budget 60s python-large -- python3 -c "$PROGRAM"
+        "$VOLLEY" run --client "$client" --image python-large --shape medium --budget 60s -- python3 -c "$PROGRAM"
         echo "$name host, $turn: $((($(date +%s%N) - begun) / 1000000)) ms from command to its end"
         # The figures are asked for every three seconds.
         sleep 4
