@@ -6,7 +6,7 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use bench::{
-    cost, feed, heartbeat,
+    cost, feed, heartbeat, image,
     launch::{self, Carrier, Load, RolePid},
     map, pick,
 };
@@ -16,7 +16,7 @@ use wire::{Code, Fault};
 /// Figures of the parts.
 #[derive(Parser)]
 struct Args {
-    /// Which: pick, heartbeat, feed, map, launch, sweep, cost.
+    /// Which: pick, heartbeat, feed, map, image, launch, sweep, cost.
     names: Vec<String>,
     /// Print for programs.
     #[arg(long)]
@@ -171,6 +171,12 @@ fn run(args: &Args) -> Result<(), Fault> {
     }
     if all || args.wanted("map") {
         maps(args)?;
+    }
+    if args.wanted("image") {
+        let options = image::Options::default();
+        let quick =
+            image::Options { large_bytes: 50_000_000, files: 5_000, rounds: 2, ..options.clone() };
+        args.show(&image::run(if args.quick() { &quick } else { &options })?);
     }
     if args.wanted("launch") {
         args.show(&launch::run(&args.fleet()?)?);

@@ -294,7 +294,7 @@ fn sources(bed: &Bed, large: &Path) -> Result<Vec<(&'static str, Source, (u64, u
         dir("small", &small),
         dir("large", large),
         dir("sparse", &sparse),
-        ("many files", Source::RootfsTar(many), many_size),
+        ("many-files", Source::RootfsTar(many), many_size),
     ])
 }
 

@@ -23,7 +23,7 @@ pub(crate) const PART_BYTES: usize = 1 << 20;
 /// Bytes of the first part; each after it has twice as many.
 pub(crate) const FIRST_PART_BYTES: usize = 64 << 10;
 /// Bytes of pages of one boot pack: it is held in memory while it is pushed.
-pub(crate) const BOOT_BYTES_MAX: usize = 64 << 20;
+pub(crate) const BOOT_BYTES_MAX: usize = 128 << 20;
 /// Bytes of a head, before and after compression.
 const HEAD_BYTES_MAX: usize = 4 << 20;
 /// Bytes before the head: magic, its stored and its full length, its hash.

@@ -133,9 +133,13 @@ fn reply(mut file: &File, unique: u64, answer: &Answer) {
     let _ = file.write_vectored(&parts);
 }
 
-/// Lets the kernel read ahead as far as one request reaches; without it, 128 KiB.
-pub(crate) fn raise_readahead(mountpoint: &Path) -> io::Result<()> {
+/// As far as one request reaches.
+pub(crate) const READAHEAD_KIB: u32 = 1024;
+
+/// Says how far the kernel reads ahead; 128 KiB if nobody says.
+pub(crate) fn set_readahead(mountpoint: &Path, kib: u32) -> io::Result<()> {
     let stat = rustix::fs::stat(mountpoint)?;
     let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024")
+    let place = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    std::fs::write(place, kib.to_string())
 }

@@ -42,7 +42,7 @@ pub struct FarStore {
     /// GETs.
     pub gets: AtomicU64,
     /// Bytes of all GETs.
-    pub bytes: AtomicU64,
+    pub bytes: Arc<AtomicU64>,
     /// When the link is free again.
     link: Arc<Mutex<Instant>>,
 }
@@ -61,7 +61,7 @@ impl FarStore {
             truncates: AtomicBool::new(false),
             stalls_boot: AtomicBool::new(false),
             gets: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
+            bytes: Arc::default(),
             link: Arc::new(Mutex::new(Instant::now())),
         })
     }
@@ -154,17 +154,17 @@ impl ObjectStore for FarStore {
         let rate = self.bytes_per_second.load(Ordering::Relaxed);
         // Cut small, so that a long GET does not hold the link for its whole length.
         let bytes = self.damaged(at, got.bytes().await?);
-        self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let parts: Vec<Bytes> = (0..bytes.len())
             .step_by(TURN_BYTES)
             .map(|start| bytes.slice(start..bytes.len().min(start + TURN_BYTES)))
             .collect();
         let stalls = self.stalls_boot.load(Ordering::Relaxed) && at.as_ref().starts_with("boot/");
-        let link = self.link.clone();
+        let (link, counted) = (self.link.clone(), self.bytes.clone());
         let stream = futures::stream::iter(parts).then(move |part| {
-            let link = link.clone();
+            let (link, counted) = (link.clone(), counted.clone());
             async move {
                 take_turn(link, part.len(), rate).await;
+                counted.fetch_add(part.len() as u64, Ordering::Relaxed);
                 Ok(part)
             }
         });

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{self, THREADS};
 use crate::kernel;
 use crate::lazy_host::Dirs;
+use crate::memory_group;
 use crate::mount::MountConfig;
 
 /// The hidden first arguments.
@@ -137,7 +138,13 @@ fn hold() -> io::Result<()> {
         sent?;
         // A worker that ends by itself saw the connection's end.
         if ended.success() {
+            memory_group::remove(&memory_group::name(&config.state_dir, &config.domain));
             return Ok(());
+        }
+        // Without its directories no worker comes up any more: whoever took them away wants none.
+        // (The mount below it must not be asked: nobody answers now.)
+        if !dirs.control().parent().is_some_and(std::path::Path::exists) {
+            return Err(io::Error::other("the state directory is gone"));
         }
         config.takes_over = true;
         if started.elapsed() > LIVES_LONG {

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use wire::ImageId;
 
 use crate::control::{Control, Held, Question, Reply};
-use crate::device::{self, Device};
+use crate::device::{self, Device, READAHEAD_KIB};
 use crate::disk::DiskFrames;
 use crate::frames::Frames;
 use crate::holder::{self, HeldConfig};
@@ -136,7 +136,7 @@ impl LazyHost {
             let device = device.inspect_err(|_| {
                 let _ = kernel::unmount(&dirs.fuse);
             })?;
-            if let Err(error) = device::raise_readahead(&dirs.fuse) {
+            if let Err(error) = device::set_readahead(&dirs.fuse, READAHEAD_KIB) {
                 tracing::info!(%error, "reads of large files stay at 128 KiB");
             }
             let handle = runtime.handle().clone();

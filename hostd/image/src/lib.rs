@@ -30,6 +30,7 @@ mod lazy_host;
 pub mod limits;
 mod lru;
 mod manifest;
+mod memory_group;
 mod metrics;
 mod mount;
 mod node;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, PutPayload};
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,7 @@ use crate::boot::{
 };
 use crate::boot_write;
 use crate::brought::PATIENCE;
-use crate::device::Device;
+use crate::device::{Device, READAHEAD_KIB};
 use crate::index::Damaged;
 use crate::lazy_host::DEFAULT_ENTRY;
 use crate::manifest::ImageConfig;
@@ -46,6 +47,9 @@ const WATCHED_MAX: usize = 4;
 const MISSED_PART: usize = 10;
 /// Bytes that nobody makes a pack for.
 const MISSED_BYTES_MIN: usize = 64 << 10;
+/// What the kernel reads ahead while a first run is watched, in KiB: what it reads around a page fault would all be taken
+/// for needed, and would be fetched beside the pack that has what is.
+const FIRST_READAHEAD_KIB: u32 = 64;
 /// Boot packs of one image: commands with ever new arguments must not fill the store.
 const ENTRIES_MAX: usize = 16;
 
@@ -84,12 +88,12 @@ pub(crate) struct Pusher {
     watched: Mutex<HashMap<(String, String), oneshot::Sender<()>>>,
 }
 
-/// A pack that is coming.
+/// A pack of which the head is here.
 struct Coming {
     head: Head,
     /// Its entry's own, and not the image's.
     own: bool,
-    parts: mpsc::Receiver<Result<Bytes, ImageError>>,
+    rest: Incoming,
 }
 
 /// What a pack brought.
@@ -153,6 +157,7 @@ impl Pusher {
         let key = (run.image.clone(), run.entry.clone());
         let mut ended = None;
         if run.cold {
+            self.read_ahead(FIRST_READAHEAD_KIB);
             let mut watched = self.watched();
             if watched.len() < WATCHED_MAX && !watched.contains_key(&key) {
                 let (end, when_ended) = oneshot::channel();
@@ -176,12 +181,25 @@ impl Pusher {
         };
         let Some((recording, when_ended)) = ended else { return };
         let _ = tokio::time::timeout(WATCHED, when_ended).await;
-        self.watched().remove(&key);
+        let nobody_else = {
+            let mut watched = self.watched();
+            watched.remove(&key);
+            watched.is_empty()
+        };
+        if nobody_else {
+            self.read_ahead(READAHEAD_KIB);
+        }
         let recorder = self.server.recorded(recording).unwrap_or_default();
         if let Err(error) = self.settle(id, &run, had, recorder).await {
             tracing::warn!(%error, image = %id, entry = run.entry, "no boot pack was written");
         }
         count(&self.server.frames.counters.first_runs);
+    }
+
+    fn read_ahead(&self, kib: u32) {
+        if let Err(error) = crate::device::set_readahead(&self.fuse, kib) {
+            tracing::debug!(%error, "readahead stays as it is");
+        }
     }
 
     /// The pack of a run's entry; of a cold run whose entry has none, the image's.
@@ -212,27 +230,28 @@ impl Pusher {
             Err(object_store::Error::NotFound { .. }) => return Ok(None),
             got => got.map_err(ImageError::Store)?,
         };
-        let mut stream = Incoming {
-            stream: got.into_stream(),
-            server: self.server.clone(),
-            buffer: BytesMut::new(),
-        };
-        let (stored, len, hash) = decode_lead(&stream.take(LEAD_BYTES).await?)?;
-        let head = stream.take(stored).await?;
+        let (stream, server) = (got.into_stream(), self.server.clone());
+        let mut rest = Incoming { stream, server, buffer: BytesMut::new() };
+        let (stored, len, hash) = decode_lead(&rest.take(LEAD_BYTES).await?)?;
+        let head = rest.take(stored).await?;
         let head = decode_head(&at.domain, &head, len, &hash)?;
-        // Fetched ahead of what is unpacked, by a few parts.
+        Ok(Some(Coming { head, own, rest }))
+    }
+
+    /// Fetches a pack's parts ahead of what is unpacked, by a few.
+    fn parts(&self, head: &Head, mut rest: Incoming) -> Parts {
         let (sender, parts) = mpsc::channel(4);
         let lens: Vec<usize> = head.parts.iter().map(|part| part.stored as usize).collect();
         self.runtime.spawn(async move {
             for len in lens {
-                let part = stream.take(len).await;
+                let part = rest.take(len).await;
                 let failed = part.is_err();
                 if sender.send(part).await.is_err() || failed {
                     return;
                 }
             }
         });
-        Ok(Some(Coming { head, own, parts }))
+        parts
     }
 
     /// Takes a pack in.
@@ -242,7 +261,8 @@ impl Pusher {
         coming: Coming,
         known: oneshot::Sender<bool>,
     ) -> Had {
-        let Coming { head, own, parts } = coming;
+        let Coming { head, own, rest } = coming;
+        let parts = self.parts(&head, rest);
         let head = Arc::new(head);
         let key = ImageKey::of(id);
         let (done, progress) = watch::channel(0);
@@ -279,7 +299,7 @@ impl Pusher {
         self: &Arc<Self>,
         id: ImageId,
         head: &Arc<Head>,
-        mut parts: mpsc::Receiver<Result<Bytes, ImageError>>,
+        mut parts: Parts,
         done: &watch::Sender<usize>,
     ) -> Result<(), ImageError> {
         let image = self.server.open(id).await.map_err(ImageError::Shared)?;
@@ -446,14 +466,17 @@ fn node_of(key: ImageKey, head: &Head, span: Span) -> Node {
     }
 }
 
+/// Parts as they come.
+type Parts = mpsc::Receiver<Result<Bytes, ImageError>>;
+
 /// A stream of which exact lengths are taken.
-struct Incoming<S> {
-    stream: S,
+struct Incoming {
+    stream: BoxStream<'static, object_store::Result<Bytes>>,
     server: Arc<Server>,
     buffer: BytesMut,
 }
 
-impl<S: futures::Stream<Item = object_store::Result<Bytes>> + Unpin> Incoming<S> {
+impl Incoming {
     async fn take(&mut self, len: usize) -> Result<Bytes, ImageError> {
         while self.buffer.len() < len {
             let next = self.stream.next().await.ok_or(Damaged("a boot pack that breaks off"))?;

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use object_store::ObjectStore;
 use tokio::net::UnixListener;
 
-use crate::device::{self, Device};
+use crate::device::{self, Device, READAHEAD_KIB};
 use crate::disk::DiskFrames;
 use crate::frames::Frames;
 use crate::holder::HeldConfig;
 use crate::lazy_host::{Dirs, MEMORY_BYTES_MAX};
+use crate::memory_group;
 use crate::push::Pusher;
 use crate::server::Server;
 use crate::store::DomainStore;
@@ -83,6 +84,11 @@ pub(crate) fn work(
     takes_over: bool,
 ) -> io::Result<()> {
     let at = DomainStore::new(store, &config.domain).map_err(io::Error::other)?;
+    // Before any thread: they go along.
+    let group = memory_group::name(&config.state_dir, &config.domain);
+    if let Err(error) = memory_group::enter(&group) {
+        tracing::info!(%error, "the image server has no memory group of its own");
+    }
     let dirs = Dirs::below(&config.state_dir, at.domain.name());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -101,7 +107,7 @@ pub(crate) fn work(
     });
     let server = Arc::new(Server::new(frames, dirs.images.clone()));
     let (device, threads) = Device::serve_all(files, &server, runtime.handle(), takes_over)?;
-    if let Err(error) = device::raise_readahead(&dirs.fuse) {
+    if let Err(error) = device::set_readahead(&dirs.fuse, READAHEAD_KIB) {
         tracing::info!(%error, "reads of large files stay at 128 KiB");
     }
     let pusher = Pusher::new(server, device, dirs.fuse.clone(), runtime.handle().clone());
@@ -118,5 +124,6 @@ pub(crate) fn work(
         let _ = thread.join();
     }
     runtime.shutdown_background();
+    memory_group::leave(&group);
     Ok(())
 }

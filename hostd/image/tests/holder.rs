@@ -87,13 +87,25 @@ impl Place {
         target
     }
 
+    /// The group that its worker is in.
+    fn memory_group(&self) -> String {
+        let state = self.dir.path().join("state");
+        let all = [state.as_os_str().as_encoded_bytes(), b"\0acme"].concat();
+        let hash = blake3::hash(&all).to_hex();
+        format!("volley-images-{}", &hash.as_str()[..16])
+    }
+
     /// Nothing of it is mounted and no process of it is there, within some seconds.
     fn assert_gone(&self) {
         let place = self.dir.path().to_str().unwrap().to_owned();
         let left = || {
             let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
             let mounts = mounts.lines().filter(|line| line.contains(&place)).count();
-            mounts + children_of(std::process::id(), "__image-holder").len()
+            let groups = fs::read_dir("/sys/fs/cgroup/memory").into_iter().flatten().flatten();
+            let ours = |name: String| name == self.memory_group();
+            let groups =
+                groups.filter(|e| ours(e.file_name().to_string_lossy().into_owned())).count();
+            mounts + groups + children_of(std::process::id(), "__image-holder").len()
         };
         let started = Instant::now();
         while left() > 0 {
@@ -153,6 +165,10 @@ fn a_killed_worker_is_a_pause() {
         fs::metadata(target.join(n.to_string())).unwrap();
     }
     let first = worker();
+    if Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists() {
+        let groups = fs::read_to_string(format!("/proc/{first}/cgroup")).unwrap();
+        assert!(groups.contains(&place.memory_group()), "{groups}");
+    }
     std::thread::scope(|scope| {
         let target = &target;
         let reads = scope.spawn(move || read_all(target, 0..FILES));

@@ -179,6 +179,7 @@ impl Place {
         })
     }
 
+    /// Where its state is.
     pub(crate) fn state(&self) -> &Path {
         &self.config.state
     }
@@ -238,11 +239,6 @@ impl Place {
     /// Where this host takes launches.
     pub(crate) fn listens(&self) -> std::net::SocketAddr {
         self.config.listen
-    }
-
-    /// Where its state is.
-    pub(crate) fn state(&self) -> &Path {
-        &self.config.state
     }
 
     pub(crate) fn descriptors(&self) -> usize {
