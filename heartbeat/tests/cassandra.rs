@@ -282,13 +282,13 @@ async fn one_node_of_three_is_killed_and_nothing_is_missed() {
     };
     println!("2,000 rows in three copies: {:?}", written(&mut senders).await);
     let store = ScyllaStore::open(first.url.strip_prefix("scylla://").unwrap()).await.unwrap();
-    assert_eq!(store.lease(7, 60_000).await, Ok(true));
+    assert_eq!(store.lease(7, 60_000).await, Ok(false), "the aggregator has it");
     third.kill();
     println!("one node killed: rows written after {:?}", written(&mut senders).await);
     let read = scan(&store).await;
     let newest = read.iter().filter(|row| row.seq == senders.hosts[0].beat.seq).count();
     assert_eq!((read.len(), newest), (2_000, 2_000), "a quorum has every row");
-    assert_eq!(store.lease(8, 60_000).await, Ok(false), "and the lease");
+    assert_eq!(store.lease(8, 60_000).await, Ok(false), "and the lease is told");
     until("the map goes on", async || {
         published(&fleet.objects()).await.filter(|(head, _)| head.count == 2_000)
     })

@@ -95,8 +95,8 @@ async fn errors_of_the_database_lose_no_host_and_are_not_amplified() {
     let running = fleet
         .start(|config| (config.scan_ms, config.grace_ms, config.flush_ms) = (500, 2_000, 200))
         .await;
-    let mut senders = fleet.senders(2_000, &[running.udp]);
-    senders.hosts.iter_mut().for_each(|host| host.beat.interval_ms = 2_000);
+    let mut senders = fleet.senders(1_000, &[running.udp]);
+    senders.hosts.iter_mut().for_each(|host| host.beat.interval_ms = 15_000);
     let written = async |what: &str| {
         until(what, async || (dirty(&running).await == 0).then_some(())).await;
     };
@@ -133,17 +133,17 @@ async fn errors_of_the_database_lose_no_host_and_are_not_amplified() {
         "{probes} batches in {:.1} s of refusals, while {waiting} rows wait",
         began.elapsed().as_secs_f64()
     );
-    assert_eq!(waiting, 2_000, "a row a host");
+    assert_eq!(waiting, 1_000, "a row a host");
     assert!(probes < 200, "an overloaded database is left alone: {probes} batches");
     written("rows have landed").await;
     let census = running.shards.census().await;
-    assert_eq!((census.total, census.silent.len()), (2_000, 0));
+    assert_eq!((census.total, census.silent.len()), (1_000, 0));
     until("the map has all", async || {
-        published(&fleet.objects()).await.filter(|(head, _)| head.count == 2_000)
+        published(&fleet.objects()).await.filter(|(head, _)| head.count == 1_000)
     })
     .await;
     let store = ScyllaStore::open(node.url.strip_prefix("scylla://").unwrap()).await.unwrap();
-    assert_eq!(scan(&store).await.len(), 2_000, "no host is lost");
+    assert_eq!(scan(&store).await.len(), 1_000, "no host is lost");
     running.stop().await;
 }
 
