@@ -5,6 +5,7 @@
 //! placer. The claim says what was counted: launches accepted by hosts without boxes, or programs running.
 
 mod ceiling;
+mod lanes;
 mod load;
 mod pace;
 mod report;

@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures::{FutureExt, future::LocalBoxFuture};
-use placer_core::{Launch, Outcome, Step};
+use placer_core::{Launch, Micros, Outcome, Step};
 use wire::{
     Code, Fault, HostId, LaunchId, ShapeId,
     call::Call,
@@ -24,7 +24,7 @@ use wire_net::{
 };
 
 use crate::{
-    known::{Entered, Left, digest},
+    known::{Entered, Left},
     pool::Outstanding,
     worker::Worker,
 };
@@ -43,7 +43,7 @@ pub(crate) enum News {
 }
 
 /// Something under way at a host. The usual one, a launch on a warm connection, needs no allocation.
-enum Flight<'a> {
+pub(crate) enum Flight<'a> {
     Nothing,
     Launch { reply: LaneReply, _outstanding: Outstanding },
     Slow(LocalBoxFuture<'a, News>),
@@ -70,7 +70,7 @@ impl Future for Flight<'_> {
     }
 }
 
-fn news_of(reply: Result<LaunchReply, LaunchLost>) -> News {
+pub(crate) fn news_of(reply: Result<LaunchReply, LaunchLost>) -> News {
     match reply {
         Ok(reply) => News::Reply(reply),
         Err(LaunchLost::NotSent(fault)) => News::NotSent(fault),
@@ -84,7 +84,8 @@ fn news_of(reply: Result<LaunchReply, LaunchLost>) -> News {
 /// A launch that was checked.
 pub(crate) struct Asked<'a> {
     pub(crate) id: LaunchId,
-    pub(crate) tenant: &'a str,
+    /// What its tenant is known by.
+    pub(crate) tenant: u64,
     pub(crate) shape: ShapeId,
     pub(crate) head: LaunchHead,
     pub(crate) request: &'a [u8],
@@ -92,7 +93,11 @@ pub(crate) struct Asked<'a> {
 
 impl<'a> Asked<'a> {
     /// Checks a launch frame's payload, and that `peer` may ask for it.
-    pub(crate) fn check(payload: &'a [u8], peer: &Peer) -> Result<Self, Fault> {
+    pub(crate) fn check(
+        payload: &'a [u8],
+        peer: &Peer,
+        known_by: impl FnOnce(&str) -> u64,
+    ) -> Result<Self, Fault> {
         let bad = |what: &str| Fault::new(Code::BadRequest, format!("{what}; nothing was started"));
         let (head, bytes) = LaunchHead::split(payload).map_err(|_| bad("not a launch"))?;
         let request = LaunchRequest::access(bytes).map_err(|_| bad("not a launch request"))?;
@@ -108,7 +113,7 @@ impl<'a> Asked<'a> {
             }
         }
         let id = LaunchId(request.launch_id.0);
-        Ok(Self { id, tenant: request.tenant.as_str(), shape, head, request: bytes })
+        Ok(Self { id, tenant: known_by(&request.tenant), shape, head, request: bytes })
     }
 }
 
@@ -144,7 +149,7 @@ impl Ended {
 impl Worker {
     /// Carries a launch frame to its reply.
     pub(crate) async fn launch(self: &Rc<Self>, payload: &[u8], peer: &Peer) -> LaunchReply {
-        let asked = match Asked::check(payload, peer) {
+        let asked = match Asked::check(payload, peer, |tenant| self.known.hash(tenant)) {
             Ok(asked) => asked,
             Err(fault) => return self.denied(fault),
         };
@@ -156,22 +161,35 @@ impl Worker {
         self.under_way.set(self.under_way.get() + 1);
         let reply = self.launch_once(&asked).await;
         self.under_way.set(self.under_way.get() - 1);
-        let took_us = self.now().saturating_sub(began);
-        #[expect(clippy::cast_precision_loss, reason = "a figure for a histogram")]
-        self.metrics.latency.observe(took_us as f64 / 1e6);
+        self.observe(self.now().saturating_sub(began));
         reply
     }
 
-    fn denied(&self, fault: Fault) -> LaunchReply {
+    pub(crate) fn observe(&self, took: Micros) {
+        #[expect(clippy::cast_precision_loss, reason = "a figure for a histogram")]
+        self.metrics.latency.observe(took as f64 / 1e6);
+    }
+
+    pub(crate) fn denied(&self, fault: Fault) -> LaunchReply {
         self.metrics.denied.inc();
         LaunchReply::Failed(fault)
     }
 
     /// Looks the id up; drives the launch if it is this thread's to drive.
     async fn launch_once(self: &Rc<Self>, asked: &Asked<'_>) -> LaunchReply {
-        let digest = digest(asked.request);
+        let digest = self.known.digest(asked.request);
         let start = asked.head.budget_ms > 0;
-        let ended = match self.known.enter(asked.id, asked.tenant, digest, start) {
+        let entered = self.known.enter(asked.id, asked.tenant, digest, start);
+        self.entered(asked, entered).await
+    }
+
+    /// Goes on with what is known of an id.
+    pub(crate) async fn entered(
+        self: &Rc<Self>,
+        asked: &Asked<'_>,
+        entered: Entered,
+    ) -> LaunchReply {
+        let ended = match entered {
             // The rare ways are boxed: this future is allocated for each launch (see the test below).
             Entered::New if asked.head.named => Box::pin(self.drive_named(asked)).await,
             Entered::New => self.drive(asked).await,
@@ -203,8 +221,13 @@ impl Worker {
                 return LaunchReply::Failed(Fault::new(Code::Unknown, message));
             }
         };
+        self.ended(asked.id, &ended)
+    }
+
+    /// Keeps the outcome of a launch that this thread drove.
+    pub(crate) fn ended(&self, id: LaunchId, ended: &Ended) -> LaunchReply {
         let reply = ended.reply();
-        self.known.leave(asked.id, ended.left(), &reply);
+        self.known.leave(id, ended.left(), &reply);
         match &ended.outcome {
             Outcome::Started(_) => self.metrics.started.inc(),
             Outcome::Failed(fault) if fault.code == Code::Unknown => self.metrics.unknown.inc(),
@@ -221,15 +244,26 @@ impl Worker {
             Some(store) => Box::pin(self.pick_from_store(&**store, asked.shape)).await,
             None => None,
         };
-        let mut launch = self.decide(|dispatch, _| match picked {
+        let launch = self.decide(|dispatch, _| match picked {
             Some(picked) => Launch::with_pick(began, asked.shape, budget_ms, picked, dispatch),
             None => Launch::new(began, asked.shape, budget_ms, dispatch),
         });
-        let mut flight = Flight::Nothing;
-        let mut last = HostId(0);
+        Box::pin(self.drive_on(asked, launch, HostId(0), None, Flight::Nothing)).await
+    }
+
+    /// Drives a launch from any of its states: `next` is what its state machine said last, if that was not done yet, `last`
+    /// the host that it was sent to last.
+    pub(crate) async fn drive_on<'a>(
+        self: &'a Rc<Self>,
+        asked: &'a Asked<'_>,
+        mut launch: Launch,
+        mut last: HostId,
+        mut next: Option<Step>,
+        mut flight: Flight<'a>,
+    ) -> Ended {
         loop {
-            let step = self.decide(|dispatch, table| launch.poll(self.now(), table, dispatch));
-            match step {
+            let poll = || self.decide(|dispatch, table| launch.poll(self.now(), table, dispatch));
+            match next.take().unwrap_or_else(poll) {
                 Step::Send { host, budget_ms, .. } => {
                     self.metrics.attempts.inc();
                     last = host;
@@ -251,7 +285,7 @@ impl Worker {
         }
     }
 
-    fn tell(&self, launch: &mut Launch, host: HostId, news: News) {
+    pub(crate) fn tell(&self, launch: &mut Launch, host: HostId, news: News) {
         let now = self.now();
         self.decide(|dispatch, table| match news {
             News::Reply(reply) => {

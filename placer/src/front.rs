@@ -16,7 +16,7 @@ use wire_net::{
     tls::Peer,
 };
 
-use crate::worker::Worker;
+use crate::{direct::ClientLane, worker::Worker};
 
 /// Time that a stream has to say what it wants.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
@@ -103,23 +103,24 @@ async fn lane(
     peer: &Rc<Peer>,
     mut lane: LaneServer,
 ) -> Result<(), StreamLost> {
-    let outstanding = Rc::new(Cell::new(0));
-    while let Some((tag, payload)) = lane.next().await? {
-        let replies = lane.replies();
-        if outstanding.get() >= LANE_LAUNCHES_MAX {
-            // PROTOCOL 7.7.
-            let message = "too many launches are outstanding on this lane; nothing was started";
-            replies.reply(tag, &LaunchReply::Failed(Fault::new(Code::Overloaded, message)));
-            continue;
+    let client = ClientLane::new(worker, lane.replies(), peer);
+    loop {
+        let now = worker.now();
+        while let Some((tag, payload)) = lane.here()? {
+            if client.outstanding.get() >= LANE_LAUNCHES_MAX {
+                // PROTOCOL 7.7.
+                let message = "too many launches are outstanding on this lane; nothing was started";
+                let fault = Fault::new(Code::Overloaded, message);
+                client.replies.reply(tag, &LaunchReply::Failed(fault));
+                continue;
+            }
+            worker.arrive(now, &client, tag, payload);
         }
-        outstanding.set(outstanding.get() + 1);
-        let (worker, peer, outstanding) =
-            (Rc::clone(worker), Rc::clone(peer), Rc::clone(&outstanding));
-        spawn_local(async move {
-            let reply = worker.launch(&payload, &peer).await;
-            outstanding.set(outstanding.get() - 1);
-            replies.reply(tag, &reply);
-        });
+        worker.pump(now);
+        // A lane that always has more gives way to others at times.
+        tokio::task::coop::consume_budget().await;
+        if !lane.more().await? {
+            return Ok(());
+        }
     }
-    Ok(())
 }

@@ -22,15 +22,8 @@ use wire::{
 /// Repetitions that wait for one launch; more are told to come again.
 const JOINED_MAX: usize = 1_024;
 
-/// Tells one body from another.
-pub(crate) type BodyDigest = [u8; 16];
-
-/// The digest of a request's bytes.
-pub(crate) fn digest(request: &[u8]) -> BodyDigest {
-    let mut digest = [0; 16];
-    digest.copy_from_slice(&blake3::hash(request).as_bytes()[..16]);
-    digest
-}
+/// Tells one body from another: 64 bits under a key that only this process has, so that nobody can look for two that agree.
+pub(crate) type BodyDigest = u64;
 
 #[derive(Debug)]
 struct Launch {
@@ -111,7 +104,7 @@ impl KnownHere {
     pub(crate) fn enter(
         &self,
         id: LaunchId,
-        tenant: &str,
+        tenant: u64,
         digest: BodyDigest,
         start: bool,
     ) -> Entered {
@@ -120,7 +113,6 @@ impl KnownHere {
                 if !start {
                     return Entered::Nothing;
                 }
-                let tenant = self.hash(tenant);
                 vacant.insert(Launch { digest, tenant, stage: Stage::UnderWay(Vec::new()) });
                 Entered::New
             }
@@ -178,8 +170,19 @@ impl KnownHere {
         }
     }
 
-    fn hash(&self, tenant: &str) -> u64 {
+    /// As [`KnownHere::leave`], for a launch that runs.
+    pub(crate) fn leave_started(&self, id: LaunchId, started: Started) {
+        self.leave(id, Left::Started(started), &LaunchReply::Started(started));
+    }
+
+    /// What a tenant's name is known by.
+    pub(crate) fn hash(&self, tenant: &str) -> u64 {
         self.all.launches.hasher().hash_one(tenant)
+    }
+
+    /// The digest of a request's bytes.
+    pub(crate) fn digest(&self, request: &[u8]) -> BodyDigest {
+        self.all.launches.hasher().hash_one(request)
     }
 
     /// Looks for a launch that `tenant` (an operator, if empty) wants to cancel.
@@ -228,6 +231,7 @@ mod tests {
     use super::*;
 
     const ID: LaunchId = LaunchId([7; 16]);
+    const ACME: u64 = 5;
 
     fn known(ended_max: usize) -> KnownHere {
         KnownHere::new(Arc::default(), ended_max)
@@ -240,43 +244,40 @@ mod tests {
     #[test]
     fn a_repeated_id_joins_and_gets_the_same_reply() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
-        assert!(matches!(known.enter(ID, "acme", [2; 16], true), Entered::Conflict));
-        let Entered::Joined(mut joined) = known.enter(ID, "acme", [1; 16], false) else { panic!() };
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
+        assert!(matches!(known.enter(ID, ACME, 2, true), Entered::Conflict));
+        let Entered::Joined(mut joined) = known.enter(ID, ACME, 1, false) else { panic!() };
         known.leave(ID, Left::Failed, &failed());
         assert_eq!(joined.try_recv().unwrap(), failed());
-        assert!(
-            matches!(known.enter(ID, "acme", [2; 16], true), Entered::New),
-            "what failed is forgotten"
-        );
+        assert!(matches!(known.enter(ID, ACME, 2, true), Entered::New), "what failed is forgotten");
     }
 
     #[test]
     fn a_launch_that_nobody_knows_is_not_started_by_asking() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, "acme", [1; 16], false), Entered::Nothing));
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, ACME, 1, false), Entered::Nothing));
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
     }
 
     #[test]
     fn an_unknown_launch_stays_on_its_host() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
         known.leave(ID, Left::Pinned(HostId(3)), &failed());
-        assert!(matches!(known.enter(ID, "acme", [1; 16], false), Entered::Pinned(HostId(3))));
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::Joined(_)));
+        assert!(matches!(known.enter(ID, ACME, 1, false), Entered::Pinned(HostId(3))));
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::Joined(_)));
     }
 
     #[test]
     fn a_cancelled_launch_is_told_so_and_others_do_not_find_it() {
         let known = known(8);
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::New));
+        assert!(matches!(known.enter(ID, known.hash("acme"), 1, true), Entered::New));
         known.leave(ID, Left::Pinned(HostId(3)), &failed());
         assert!(matches!(known.find(ID, "other"), Found::Nothing));
         assert!(matches!(known.find(ID, ""), Found::At(HostId(3))));
         assert!(matches!(known.find(ID, "acme"), Found::At(HostId(3))));
         known.cancelled(ID);
-        assert!(matches!(known.enter(ID, "acme", [1; 16], true), Entered::Cancelled));
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::Cancelled));
     }
 
     #[test]
@@ -285,7 +286,7 @@ mod tests {
         // More than there are shards, so that some are met twice.
         for at in 0..=u8::MAX {
             let id = LaunchId([at; 16]);
-            assert!(matches!(known.enter(id, "acme", [1; 16], true), Entered::New));
+            assert!(matches!(known.enter(id, ACME, 1, true), Entered::New));
             known.leave(id, Left::Pinned(HostId(1)), &failed());
         }
         assert_eq!(known.all.launches.len(), 2);

@@ -6,6 +6,7 @@
 
 mod calls;
 pub mod config;
+mod direct;
 mod dispatch;
 mod feed;
 pub mod fleet;

@@ -10,8 +10,9 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    rc::Rc,
+    rc::{Rc, Weak},
     time::{Duration, Instant},
 };
 
@@ -22,7 +23,7 @@ use futures::{
 use quinn::{Connection, Endpoint};
 use wire::{Code, Fault, HostId, call::Call};
 use wire_net::{
-    lane::Lane,
+    lane::{Landed, LandedReplies, Lane},
     quic, stream,
     tls::{Identity, Peer},
 };
@@ -50,9 +51,14 @@ pub(crate) struct Link {
     outstanding: Cell<u32>,
     /// Streams that are passed through: they may be silent for hours.
     held: Cell<u32>,
+    /// Looked at and set by [`Pool::tend`] only: a launch reads no clock for it.
     used: Cell<Instant>,
-    heard: Cell<(u64, Instant)>,
+    touched: Cell<bool>,
+    /// Packets that had come, and since when none has; none before the first look after something was sent.
+    heard: Cell<Option<(u64, Instant)>>,
     probed: Cell<bool>,
+    /// The lane has broken, or the connection was closed here.
+    dead: Cell<bool>,
 }
 
 /// A stream of the link is in use for as long as this lives.
@@ -67,9 +73,10 @@ impl Link {
     /// Something is sent that will be answered.
     pub(crate) fn outstanding(self: &Rc<Self>) -> Outstanding {
         if self.outstanding.get() == 0 {
-            self.heard.set((self.received(), Instant::now()));
+            self.heard.set(None);
             self.probed.set(false);
         }
+        self.touched.set(true);
         self.outstanding.set(self.outstanding.get() + 1);
         Outstanding(Rc::clone(self))
     }
@@ -89,7 +96,12 @@ impl Link {
     }
 
     fn is_alive(&self) -> bool {
-        self.connection.close_reason().is_none() && self.lane.is_open()
+        !self.dead.get() && self.connection.close_reason().is_none() && self.lane.is_open()
+    }
+
+    fn close(&self, why: &[u8]) {
+        self.dead.set(true);
+        self.connection.close(0u32.into(), why);
     }
 
     /// Whether the host is gone as far as can be told; sends a probe before it says so.
@@ -97,13 +109,15 @@ impl Link {
         if self.outstanding.get() == 0 {
             return false;
         }
-        let (received, since) = self.heard.get();
         let newest = self.received();
-        if newest != received {
-            self.heard.set((newest, now));
-            self.probed.set(false);
-            return false;
-        }
+        let since = match self.heard.get() {
+            Some((received, since)) if received == newest => since,
+            _ => {
+                self.heard.set(Some((newest, now)));
+                self.probed.set(false);
+                return false;
+            }
+        };
         let silent = now.saturating_duration_since(since);
         if silent >= PROBE && !self.probed.replace(true) {
             let connection = self.connection.clone();
@@ -116,7 +130,7 @@ impl Link {
 impl Drop for Held {
     fn drop(&mut self) {
         self.0.held.set(self.0.held.get() - 1);
-        self.0.used.set(Instant::now());
+        self.0.touched.set(true);
     }
 }
 
@@ -124,7 +138,6 @@ impl Drop for Outstanding {
     fn drop(&mut self) {
         let link = &self.0;
         link.outstanding.set(link.outstanding.get() - 1);
-        link.used.set(Instant::now());
     }
 }
 
@@ -134,19 +147,48 @@ enum Entry {
     Resting { until: Instant, failures: u32, fault: Fault },
 }
 
+/// Host ids are drawn at random by the fleet's own authority, so that mixing them once spreads them.
+#[derive(Default)]
+struct HostHasher(u64);
+
+impl Hasher for HostHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        let mixed = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
+/// Takes replies to launches that were sent with a token.
+pub(crate) type Deliver = Rc<dyn Fn(&mut Vec<Landed>)>;
+
 /// One thread's connections.
 pub(crate) struct Pool {
     identity: Identity,
     endpoints: RefCell<[Option<Endpoint>; 2]>,
-    entries: RefCell<HashMap<HostId, Entry>>,
+    entries: RefCell<HashMap<HostId, Entry, BuildHasherDefault<HostHasher>>>,
+    deliver: Deliver,
     links_max: usize,
     metrics: WorkerMetrics,
 }
 
 impl Pool {
     /// A pool that keeps up to `links_max` connections warm.
-    pub(crate) fn new(identity: Identity, links_max: usize, metrics: WorkerMetrics) -> Self {
+    pub(crate) fn new(
+        identity: Identity,
+        links_max: usize,
+        metrics: WorkerMetrics,
+        deliver: Deliver,
+    ) -> Self {
         Self {
+            deliver,
             identity,
             endpoints: RefCell::default(),
             entries: RefCell::default(),
@@ -171,7 +213,7 @@ impl Pool {
     #[inline]
     pub(crate) fn open(&self, host: HostId, addr: SocketAddr) -> Option<Rc<Link>> {
         match self.entries.borrow().get(&host) {
-            Some(Entry::Open(link)) if link.addr == addr && link.is_alive() => {
+            Some(Entry::Open(link)) if link.addr == addr && !link.dead.get() => {
                 Some(Rc::clone(link))
             }
             _ => None,
@@ -213,8 +255,8 @@ impl Pool {
             let peer = Peer::Host(host);
             let connect = async {
                 let connection = quic::connect(&endpoint, addr, &peer).await?;
-                let lane = Lane::open(&connection).await?;
-                Ok((connection, lane))
+                let (lane, replies) = Lane::open_direct(&connection).await?;
+                Ok((connection, lane, replies))
             };
             let dialled = tokio::time::timeout(DIAL, connect).await.unwrap_or_else(|_| {
                 let message = format!("host {host} at {addr} did not answer a dial");
@@ -234,11 +276,11 @@ impl Pool {
         host: HostId,
         addr: SocketAddr,
         failures: u32,
-        dialled: Result<(Connection, Lane), Fault>,
+        dialled: Result<(Connection, Lane, LandedReplies), Fault>,
     ) -> Result<Rc<Link>, Fault> {
         let now = Instant::now();
         let (entry, result) = match dialled {
-            Ok((connection, lane)) => {
+            Ok((connection, lane, replies)) => {
                 let link = Rc::new(Link {
                     connection,
                     lane,
@@ -247,8 +289,12 @@ impl Pool {
                     held: Cell::new(0),
                     probed: Cell::new(false),
                     used: Cell::new(now),
-                    heard: Cell::new((0, now)),
+                    touched: Cell::new(false),
+                    heard: Cell::new(None),
+                    dead: Cell::new(false),
                 });
+                let read = read(Rc::downgrade(&link), replies, Rc::clone(&self.deliver));
+                tokio::task::spawn_local(read);
                 (Entry::Open(Rc::clone(&link)), Ok(link))
             }
             Err(fault) => {
@@ -270,9 +316,12 @@ impl Pool {
         let mut open = 0;
         self.entries.borrow_mut().retain(|host, entry| match entry {
             Entry::Open(link) => {
+                if link.touched.replace(false) || !link.is_idle() {
+                    link.used.set(now);
+                }
                 if link.is_deaf(now) {
                     tracing::debug!(%host, addr = %link.addr, "host is deaf, connection given up");
-                    link.connection.close(0u32.into(), b"deaf");
+                    link.close(b"deaf");
                 }
                 let alive = link.is_alive();
                 open += usize::from(alive);
@@ -290,7 +339,7 @@ impl Pool {
             let mut entries = self.entries.borrow_mut();
             for (_, host) in idle.into_iter().take(open - self.links_max) {
                 if let Some(Entry::Open(link)) = entries.remove(&host) {
-                    link.connection.close(0u32.into(), b"idle");
+                    link.close(b"idle");
                 }
             }
         }
@@ -304,4 +353,16 @@ impl Pool {
             let _ = tokio::time::timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
         }
     }
+}
+
+/// Hands on a link's replies until its lane breaks.
+async fn read(link: Weak<Link>, mut replies: LandedReplies, deliver: Deliver) {
+    let mut landed = Vec::new();
+    while replies.next(&mut landed).await {
+        deliver(&mut landed);
+    }
+    if let Some(link) = link.upgrade() {
+        link.dead.set(true);
+    }
+    deliver(&mut landed);
 }

@@ -213,6 +213,8 @@ impl WorkerThread {
         tokio::select! {
             () = front::serve(Rc::clone(&worker), endpoint.clone()) => {}
             () = Rc::clone(&worker).tend() => {}
+            () = Rc::clone(&worker).keep_time() => {}
+            () = Rc::clone(&worker).pump_on() => {}
             () = self.stop.cancelled() => {}
         }
         worker.drain().await;

@@ -5,28 +5,35 @@
 
 use std::{
     cell::{Cell, RefCell},
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use crossbeam::queue::ArrayQueue;
 use heartbeat::store::Store;
-use placer_core::{Dispatch, Micros, Reader, Report};
+use placer_core::{Dispatch, Fair, Micros, Reader, Report};
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
-use wire::{HostId, map::HostAddr};
+use tokio::sync::Notify;
+use wire::{HostId, limits::LANE_LAUNCHES_MAX, map::HostAddr};
 use wire_net::tls::Identity;
 
 use crate::{
     Config, Map, Table,
+    direct::{Arrived, Directs, TICK_US},
     fleet::Fleet,
     known::{Known, KnownHere},
     metrics::WorkerMetrics,
-    pool::Pool,
+    pool::{Deliver, Pool},
 };
 
 /// How often a thread looks after its connections and reports.
 const TEND: Duration = Duration::from_millis(100);
+
+/// Launches that wait on a thread, and those of one tenant: more are refused with the advice to slow down. A small launch
+/// takes half a kilobyte.
+const WAITING_MAX: usize = 8 * LANE_LAUNCHES_MAX;
+const WAITING_EACH_MAX: usize = 2 * LANE_LAUNCHES_MAX;
 
 /// How long a stop waits for launches under way.
 const DRAIN: Duration = Duration::from_millis(700);
@@ -42,6 +49,14 @@ pub(crate) struct Shared {
     pub(crate) store: Option<Arc<dyn Store>>,
 }
 
+fn deliver_to(worker: Weak<Worker>) -> Deliver {
+    Rc::new(move |landed| {
+        if let Some(worker) = worker.upgrade() {
+            worker.landed(landed);
+        }
+    })
+}
+
 /// One thread's own.
 pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
@@ -49,6 +64,10 @@ pub(crate) struct Worker {
     pub(crate) pool: Rc<Pool>,
     pub(crate) known: KnownHere,
     pub(crate) under_way: Cell<usize>,
+    /// Launches that came and were not taken up yet.
+    pub(crate) waiting: RefCell<Fair<Arrived>>,
+    pub(crate) pump: Notify,
+    pub(crate) directs: RefCell<Directs>,
     map: RefCell<Reader<Map>>,
     table: RefCell<Reader<Table>>,
     dispatch: RefCell<Dispatch>,
@@ -60,15 +79,23 @@ impl Worker {
     /// A thread's state; `seed` is that of its picks.
     pub(crate) fn new(shared: Arc<Shared>, metrics: WorkerMetrics, seed: u64) -> Rc<Self> {
         let config = &shared.config;
-        let pool = Pool::new(shared.identity.clone(), config.aperture, metrics.clone());
         let known_max = (config.known_max / config.threads()).max(1);
-        Rc::new(Self {
-            pool: Rc::new(pool),
+        let (aperture, policy) = (config.aperture, config.policy());
+        Rc::new_cyclic(|worker: &Weak<Self>| Self {
+            pool: Rc::new(Pool::new(
+                shared.identity.clone(),
+                aperture,
+                metrics.clone(),
+                deliver_to(worker.clone()),
+            )),
+            waiting: RefCell::new(Fair::new(WAITING_MAX, WAITING_EACH_MAX)),
+            pump: Notify::new(),
+            directs: RefCell::default(),
             known: KnownHere::new(Arc::clone(&shared.known), known_max),
             under_way: Cell::new(0),
             map: RefCell::new(shared.fleet.map.reader()),
             table: RefCell::new(shared.fleet.table.reader()),
-            dispatch: RefCell::new(Dispatch::new(config.policy(), seed)),
+            dispatch: RefCell::new(Dispatch::new(policy, seed)),
             rng: RefCell::new(SmallRng::seed_from_u64(!seed)),
             start: Instant::now(),
             metrics,
@@ -120,6 +147,16 @@ impl Worker {
         let deadline = Instant::now() + DRAIN;
         while self.under_way.get() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Looks after the deadlines of launches that have no task, for ever.
+    pub(crate) async fn keep_time(self: Rc<Self>) {
+        let mut ticks = tokio::time::interval(Duration::from_micros(TICK_US));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.tick(self.now());
         }
     }
 

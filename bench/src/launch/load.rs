@@ -22,6 +22,7 @@ use wire_net::{quic, stream::LaunchLost, tls::Identity};
 
 use super::{
     Achieved, Carrier, Load, Options, RolePid,
+    lanes::LaneLink,
     pace::Pace,
     way::{Link, Template},
 };
@@ -56,23 +57,39 @@ struct Shared {
 }
 
 /// What one thread's tasks share; never contended, since they run on one thread.
-struct Own {
-    template: Template,
+pub(super) struct Own {
+    pub(super) template: Template,
     window: Window,
     shared: Arc<Shared>,
-    links: Vec<Link>,
-    endpoint: Endpoint,
-    carrier: Carrier,
+    links: Links,
+    pub(super) endpoint: Endpoint,
     seen: Mutex<Seen>,
     in_flight_max: usize,
 }
 
-struct Seen {
-    rng: SmallRng,
+/// Ways to placers, by carrier.
+enum Links {
+    Streams(Vec<Link>),
+    Lanes(Vec<LaneLink>),
+}
+
+impl Links {
+    const fn len(&self) -> usize {
+        match self {
+            Self::Streams(links) => links.len(),
+            Self::Lanes(links) => links.len(),
+        }
+    }
+}
+
+pub(super) struct Seen {
+    pub(super) rng: SmallRng,
+    /// A request, into which each launch writes its id.
+    pub(super) request: Vec<u8>,
     achieved: Achieved,
     latency_us: Histogram<u64>,
     last: Instant,
-    in_flight: usize,
+    pub(super) in_flight: usize,
     first_fault: Option<String>,
     reply_bytes: usize,
 }
@@ -234,15 +251,17 @@ fn one_thread(
     barrier.wait();
     let (runtime, (endpoint, links)) = connected?;
     let Some(window) = *lock(window) else { unreachable!("set between the barriers") };
+    let template = Template::new(options, tenant)?;
+    let request = template.bytes().to_vec();
     let own = Arc::new(Own {
-        template: Template::new(options, tenant)?,
+        template,
         window,
         shared,
         links,
         endpoint,
-        carrier: options.carrier,
         seen: Mutex::new(Seen {
             rng: SmallRng::from_os_rng(),
+            request,
             achieved: Achieved::default(),
             latency_us: histogram()?,
             last: window.from,
@@ -264,39 +283,74 @@ fn share(count: usize, threads: usize, at: usize) -> usize {
     count / threads + usize::from(at < count % threads)
 }
 
-async fn connect(options: &Options, identity: &Identity) -> Result<(Endpoint, Vec<Link>), Fault> {
+async fn connect(options: &Options, identity: &Identity) -> Result<(Endpoint, Links), Fault> {
     let any = match options.placers[0] {
         SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let endpoint = quic::dialer((any, 0).into(), identity)?;
-    let mut links = Vec::new();
-    for at in 0..options.connections_each() {
-        let addr = options.placers[at % options.placers.len()];
-        links.push(Link::dial(&endpoint, addr, options.carrier).await?);
+    let placers = options.placers.iter().cycle().take(options.connections_each());
+    let (mut streams, mut lanes) = (Vec::new(), Vec::new());
+    for addr in placers {
+        match options.carrier {
+            Carrier::Stream => streams.push(Link::dial(&endpoint, *addr).await?),
+            Carrier::Lane => lanes.push(LaneLink::dial(&endpoint, *addr).await?),
+        }
     }
+    let links = match options.carrier {
+        Carrier::Stream => Links::Streams(streams),
+        Carrier::Lane => Links::Lanes(lanes),
+    };
     Ok((endpoint, links))
 }
 
 async fn run(options: &Options, own: &Arc<Own>) -> Result<(), Fault> {
-    match options.load {
-        Load::Closed { .. } => {
+    let closed = matches!(options.load, Load::Closed { .. });
+    let mut lanes: Vec<_> = match &own.links {
+        Links::Streams(_) => Vec::new(),
+        Links::Lanes(lanes) => (0..lanes.len())
+            .map(|at| {
+                let most = closed.then(|| share(own.in_flight_max, lanes.len(), at));
+                let own = Arc::clone(own);
+                tokio::spawn(async move {
+                    if let Links::Lanes(lanes) = &own.links {
+                        lanes[at].drive(&own, most).await;
+                    }
+                })
+            })
+            .collect(),
+    };
+    match (options.load, &own.links) {
+        (Load::Closed { .. }, Links::Streams(_)) => {
             let workers: Vec<_> = (0..own.in_flight_max)
-                .map(|at| tokio::spawn(closed(Arc::clone(own), at)))
+                .map(|at| tokio::spawn(closed_stream(Arc::clone(own), at)))
                 .collect();
             for worker in workers {
                 let _ = worker.await;
             }
         }
-        Load::Open { rate } => {
+        (Load::Closed { .. }, Links::Lanes(_)) => {
+            // What is not answered by then is unknown: a placer answers within the budget.
+            let limit = own.window.to + own.patience();
+            let all = futures::future::join_all(lanes.iter_mut());
+            let _ = tokio::time::timeout_at(limit.into(), all).await;
+        }
+        (Load::Open { rate }, _) => {
             #[expect(clippy::cast_precision_loss, reason = "a few threads")]
             open(own, own.window.from - options.warm_up, rate / options.threads as f64).await?;
         }
     }
+    if let Links::Lanes(lanes) = &own.links {
+        own.seen().achieved.unknown += lanes.iter().map(LaneLink::under_way).sum::<u64>();
+    }
+    lanes.iter().for_each(tokio::task::JoinHandle::abort);
+    for lane in lanes {
+        let _ = lane.await;
+    }
     Ok(())
 }
 
-async fn closed(own: Arc<Own>, at: usize) {
+async fn closed_stream(own: Arc<Own>, at: usize) {
     while own.take() {
         own.launch(at % own.links.len(), Instant::now()).await;
     }
@@ -319,8 +373,7 @@ async fn open(own: &Arc<Own>, start: Instant, rate: f64) -> Result<(), Fault> {
         }
     }
     // What is under way may end: each is bounded by its budget.
-    let limit =
-        Instant::now() + Duration::from_millis(u64::from(own.template.head.budget_ms) + 500);
+    let limit = Instant::now() + own.patience();
     while lock(&own.seen).in_flight > 0 && Instant::now() < limit {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -328,11 +381,29 @@ async fn open(own: &Arc<Own>, start: Instant, rate: f64) -> Result<(), Fault> {
 }
 
 impl Own {
+    pub(super) fn seen(&self) -> MutexGuard<'_, Seen> {
+        lock(&self.seen)
+    }
+
+    /// How long an answer may take.
+    fn patience(&self) -> Duration {
+        Duration::from_millis(u64::from(self.template.head.budget_ms) + 1_000)
+    }
+
+    /// Whether no more launches are wanted.
+    pub(super) fn is_over(&self) -> bool {
+        self.shared.stop.load(Ordering::Relaxed) || Instant::now() >= self.window.to
+    }
+
     /// Starts a launch that is due, or counts that too many are in flight.
     fn send_or_count(self: &Arc<Self>, link: usize, due: Instant) {
         let mut seen = lock(&self.seen);
         if seen.in_flight >= self.in_flight_max {
             seen.achieved.unsent += u64::from(self.counts(due));
+            return;
+        }
+        if let Links::Lanes(lanes) = &self.links {
+            seen.in_flight += usize::from(lanes[link].send(self, &mut seen, due));
             return;
         }
         seen.in_flight += 1;
@@ -345,10 +416,8 @@ impl Own {
     }
 
     /// Whether another launch may start, in a closed loop.
-    fn take(&self) -> bool {
-        !self.shared.stop.load(Ordering::Relaxed)
-            && Instant::now() < self.window.to
-            && self.take_one()
+    pub(super) fn take(&self) -> bool {
+        !self.is_over() && self.take_one()
     }
 
     /// Takes one launch out of a burst.
@@ -368,15 +437,15 @@ impl Own {
         (self.window.from..self.window.to).contains(&due)
     }
 
+    /// One launch on a stream of its own.
     async fn launch(&self, link: usize, due: Instant) {
-        let link = &self.links[link];
+        let Links::Streams(links) = &self.links else { return };
+        let link = &links[link];
         let mut id = [0; 16];
         lock(&self.seen).rng.fill_bytes(&mut id);
         let request = self.template.with(id);
-        let way = link.way();
-        let limit = Duration::from_millis(u64::from(self.template.head.budget_ms) + 1_000);
-        let sent = way.launch(self.template.head, &request);
-        let outcome = match tokio::time::timeout(limit, sent).await {
+        let sent = link.launch(self.template.head, &request);
+        let outcome = match tokio::time::timeout(self.patience(), sent).await {
             Ok(outcome) => outcome,
             Err(_) => {
                 let fault = Fault::new(Code::Unknown, "no answer within the budget");
@@ -384,16 +453,21 @@ impl Own {
             }
         };
         let lost = outcome.is_err();
-        self.note(due, outcome);
-        if lost && !way.is_open() {
-            link.redial(&self.endpoint, self.carrier).await;
+        self.note(&mut lock(&self.seen), Instant::now(), due, outcome);
+        if lost {
+            link.redial(&self.endpoint).await;
         }
     }
 
-    fn note(&self, due: Instant, outcome: Result<LaunchReply, LaunchLost>) {
-        let now = Instant::now();
+    /// Notes what became of a launch.
+    pub(super) fn note(
+        &self,
+        seen: &mut Seen,
+        now: Instant,
+        due: Instant,
+        outcome: Result<LaunchReply, LaunchLost>,
+    ) {
         self.shared.done.fetch_add(1, Ordering::Relaxed);
-        let mut seen = lock(&self.seen);
         seen.last = now;
         if !self.counts(due) {
             return;

@@ -13,12 +13,11 @@ use wire::{
     seal::Role,
 };
 use wire_net::{
-    lane::Lane,
     quic,
     stream::{self, LaunchLost},
 };
 
-use super::{Carrier, Options};
+use super::Options;
 
 /// A request whose id is put in anew each time.
 pub(super) struct Template {
@@ -66,6 +65,16 @@ impl Template {
         self.bytes.len()
     }
 
+    /// Where the id lies in a request.
+    pub(super) fn id_in<'a>(&self, request: &'a mut [u8]) -> &'a mut [u8] {
+        &mut request[self.id_at..self.id_at + 16]
+    }
+
+    /// The bytes of a request.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The bytes of the request with this id.
     pub(super) fn with(&self, id: [u8; 16]) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
@@ -74,28 +83,21 @@ impl Template {
     }
 }
 
-/// The way to a placer, dialled anew when it broke.
+/// The way to a placer for launches that have a stream each, dialled anew when it broke.
 pub(super) struct Link {
     addr: SocketAddr,
-    way: Mutex<Way>,
+    connection: Mutex<Connection>,
     dialling: tokio::sync::Mutex<()>,
 }
 
-/// A connection, and the lane on it if launches go by lane.
-#[derive(Clone)]
-pub(super) struct Way {
-    connection: Connection,
-    lane: Option<Lane>,
-}
+impl Link {
+    pub(super) async fn dial(endpoint: &Endpoint, addr: SocketAddr) -> Result<Self, Fault> {
+        let connection = Mutex::new(quic::connect(endpoint, addr, Role::Placer).await?);
+        Ok(Self { addr, connection, dialling: tokio::sync::Mutex::new(()) })
+    }
 
-impl Way {
-    async fn dial(endpoint: &Endpoint, addr: SocketAddr, carrier: Carrier) -> Result<Self, Fault> {
-        let connection = quic::connect(endpoint, addr, Role::Placer).await?;
-        let lane = match carrier {
-            Carrier::Lane => Some(Lane::open(&connection).await?),
-            Carrier::Stream => None,
-        };
-        Ok(Self { connection, lane })
+    pub(super) fn connection(&self) -> Connection {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) async fn launch(
@@ -103,40 +105,18 @@ impl Way {
         head: LaunchHead,
         request: &[u8],
     ) -> Result<LaunchReply, LaunchLost> {
-        match &self.lane {
-            Some(lane) => lane.launch(head, request)?.await,
-            None => stream::launch(&self.connection, head, request).await,
-        }
+        stream::launch(&self.connection(), head, request).await
     }
 
-    pub(super) fn is_open(&self) -> bool {
-        self.connection.close_reason().is_none() && self.lane.as_ref().is_none_or(Lane::is_open)
-    }
-}
-
-impl Link {
-    pub(super) async fn dial(
-        endpoint: &Endpoint,
-        addr: SocketAddr,
-        carrier: Carrier,
-    ) -> Result<Self, Fault> {
-        let way = Mutex::new(Way::dial(endpoint, addr, carrier).await?);
-        Ok(Self { addr, way, dialling: tokio::sync::Mutex::new(()) })
-    }
-
-    pub(super) fn way(&self) -> Way {
-        self.way.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Replaces a way that broke; whoever comes second finds it replaced.
-    pub(super) async fn redial(&self, endpoint: &Endpoint, carrier: Carrier) {
+    /// Replaces a connection that broke; whoever comes second finds it replaced.
+    pub(super) async fn redial(&self, endpoint: &Endpoint) {
         let _dialling = self.dialling.lock().await;
-        if self.way().is_open() {
+        if self.connection().close_reason().is_none() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
-        if let Ok(new) = Way::dial(endpoint, self.addr, carrier).await {
-            *self.way.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        if let Ok(new) = quic::connect(endpoint, self.addr, Role::Placer).await {
+            *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = new;
         }
     }
 }

@@ -10,6 +10,7 @@
 
 pub mod adopt;
 pub mod dispatch;
+pub mod fair;
 pub mod index;
 pub mod launch;
 pub mod map;
@@ -25,6 +26,7 @@ pub type Micros = u64;
 
 pub use adopt::{Adopted, Adopter};
 pub use dispatch::{Dispatch, Policy, Report};
+pub use fair::Fair;
 pub use launch::{Launch, Outcome, Step};
 pub use map::MapView;
 pub use publish::{Published, Reader};

@@ -4,6 +4,9 @@
 //! [`Lane`] is the end that launches, [`LaneServer`] the end that answers. Replies come in any order and are matched by
 //! tag. When a lane breaks, everything outstanding on it is unknown. Memory is bounded: by launches outstanding, and by
 //! bytes that the peer does not take.
+//!
+//! A launch waits as a future ([`Lane::launch`]), or under a token of its caller's ([`Lane::launch_direct`]): replies of such
+//! launches come in batches to one reader ([`LandedReplies`]), so that thousands a turn wake one task and not thousands.
 
 use std::{
     pin::Pin,
@@ -22,6 +25,10 @@ use wire::{
 };
 
 use crate::stream::{BROKEN, LaunchLost, StreamLost};
+
+mod server;
+
+pub use server::{LaneReplies, LaneServer};
 
 /// Bytes that one turn of a reader takes.
 const TURN_BYTES: usize = 64 * 1024;
@@ -87,6 +94,8 @@ impl Outgoing {
 enum Slot {
     Free,
     Waiting(Option<Waker>),
+    /// The reply goes to the lane's one reader, with this token.
+    Direct(u64),
     Replied(Bytes),
     /// Whoever waited has gone; the tag is taken until the reply comes.
     Abandoned,
@@ -132,6 +141,21 @@ impl Lane {
     /// # Errors
     /// The connection is gone: nothing was sent.
     pub async fn open(connection: &Connection) -> Result<Self, Fault> {
+        let (lane, mut replies) = Self::open_direct(connection).await?;
+        tokio::spawn(async move {
+            let mut landed = Vec::new();
+            while replies.next(&mut landed).await {
+                debug_assert!(landed.is_empty(), "nobody launches directly on this lane");
+            }
+        });
+        Ok(lane)
+    }
+
+    /// As [`Lane::open`]; the replies are read by the caller, who must go on reading for as long as the lane is used.
+    ///
+    /// # Errors
+    /// As [`Lane::open`].
+    pub async fn open_direct(connection: &Connection) -> Result<(Self, LandedReplies), Fault> {
         let (send, recv) =
             connection.open_bi().await.map_err(|error| crate::tls::explain(&error))?;
         let shared = Arc::new(Shared::default());
@@ -140,8 +164,9 @@ impl Lane {
             .bytes
             .extend_from_slice(&Header { kind: Kind::Lane, len: 0 }.bytes());
         tokio::spawn(write_launches(Arc::clone(&shared), send));
-        tokio::spawn(read_replies(Arc::clone(&shared), recv));
-        Ok(Self(Arc::new(Ended(shared))))
+        let frames = Frames { recv, have: Bytes::new() };
+        let replies = LandedReplies { shared: Arc::clone(&shared), frames, wakers: Vec::new() };
+        Ok((Self(Arc::new(Ended(shared))), replies))
     }
 
     /// Whether launches can still be sent on it.
@@ -155,6 +180,24 @@ impl Lane {
     /// # Errors
     /// [`LaunchLost::NotSent`]: the lane is broken or full.
     pub fn launch(&self, head: LaunchHead, request: &[u8]) -> Result<LaneReply, LaunchLost> {
+        let tag = self.push(Slot::Waiting(None), head, request)?;
+        Ok(LaneReply { shared: Arc::clone(&self.0.0), tag, done: false })
+    }
+
+    /// Sends a launch whose reply comes to the reader of [`Lane::open_direct`] with this token.
+    ///
+    /// # Errors
+    /// As [`Lane::launch`].
+    pub fn launch_direct(
+        &self,
+        token: u64,
+        head: LaunchHead,
+        request: &[u8],
+    ) -> Result<(), LaunchLost> {
+        self.push(Slot::Direct(token), head, request).map(drop)
+    }
+
+    fn push(&self, slot: Slot, head: LaunchHead, request: &[u8]) -> Result<u32, LaunchLost> {
         let shared = &self.0.0;
         let mut launches = lock(&shared.launches);
         if let Some(fault) = &launches.broken {
@@ -169,14 +212,59 @@ impl Lane {
             launches.slots.push(Slot::Free);
             u32::try_from(launches.slots.len() - 1).unwrap_or(u32::MAX)
         });
-        launches.slots[tag as usize] = Slot::Waiting(None);
+        launches.slots[tag as usize] = slot;
         let idle = launches.out.bytes.is_empty();
         launches.out.push(Kind::LaneLaunch, tag, &[&head.bytes(), request]);
         drop(launches);
         if idle {
             shared.ready.notify_one();
         }
-        Ok(LaneReply { shared: Arc::clone(shared), tag, done: false })
+        Ok(tag)
+    }
+}
+
+/// The reply to a launch that was sent with a token.
+#[derive(Debug)]
+pub struct Landed {
+    /// The launch's token.
+    pub token: u64,
+    /// The reply's bytes, unchecked ([`LaunchReply::from_bytes`]); or why there is none and will not be.
+    pub reply: Result<Bytes, LaunchLost>,
+}
+
+/// Replies as they come, a batch a time.
+#[derive(Debug)]
+pub struct LandedReplies {
+    shared: Arc<Shared>,
+    frames: Frames,
+    wakers: Vec<Waker>,
+}
+
+impl LandedReplies {
+    /// Waits for replies and adds those of launches with a token to `landed`; futures of the others are woken. `false` once
+    /// the lane is broken: whatever was outstanding has been added as lost, and nothing comes any more.
+    pub async fn next(&mut self, landed: &mut Vec<Landed>) -> bool {
+        let lost = match self.frames.more().await {
+            Ok(true) => {
+                let taken = take_replies(&self.shared, &mut self.frames, &mut self.wakers, landed);
+                self.wakers.drain(..).for_each(Waker::wake);
+                let Err(lost) = taken else { return true };
+                let _ = self.frames.recv.stop(BROKEN);
+                lost
+            }
+            Ok(false) => StreamLost::Truncated,
+            Err(lost) => lost,
+        };
+        break_launches(&self.shared, &lost.into());
+        give_up(&self.shared, landed);
+        false
+    }
+}
+
+impl Drop for LandedReplies {
+    fn drop(&mut self) {
+        // Nobody reads on: nobody should wait.
+        break_launches(&self.shared, &Fault::new(Code::Unknown, "the lane's reader has gone"));
     }
 }
 
@@ -220,7 +308,9 @@ impl Future for LaneReply {
                 let no_reply = |_| LaunchLost::Unknown(Fault::new(Code::Unknown, message));
                 Poll::Ready(LaunchReply::from_bytes(&bytes).map_err(no_reply))
             }
-            Slot::Free | Slot::Abandoned => unreachable!("this launch's until it is done"),
+            Slot::Free | Slot::Abandoned | Slot::Direct(_) => {
+                unreachable!("this launch's until it is done")
+            }
         }
     }
 }
@@ -268,29 +358,11 @@ async fn write_launches(shared: Arc<Shared>, mut send: SendStream) {
     }
 }
 
-async fn read_replies(shared: Arc<Shared>, recv: RecvStream) {
-    let mut frames = Frames { recv, have: Bytes::new() };
-    let mut wakers = Vec::new();
-    let lost = loop {
-        match frames.more().await {
-            Ok(true) => {}
-            Ok(false) => break StreamLost::Truncated,
-            Err(lost) => break lost,
-        }
-        let taken = take_replies(&shared, &mut frames, &mut wakers);
-        wakers.drain(..).for_each(Waker::wake);
-        if let Err(lost) = taken {
-            let _ = frames.recv.stop(BROKEN);
-            break lost;
-        }
-    };
-    break_launches(&shared, &lost.into());
-}
-
 fn take_replies(
     shared: &Shared,
     frames: &mut Frames,
     wakers: &mut Vec<Waker>,
+    landed: &mut Vec<Landed>,
 ) -> Result<(), StreamLost> {
     let mut launches = lock(&shared.launches);
     while let Some((kind, payload)) = frames.take()? {
@@ -306,6 +378,11 @@ fn take_replies(
                 wakers.extend(waker.take());
                 *slot = Slot::Replied(payload.slice(LANE_TAG_BYTES..));
             }
+            Slot::Direct(token) => {
+                landed.push(Landed { token: *token, reply: Ok(payload.slice(LANE_TAG_BYTES..)) });
+                *slot = Slot::Free;
+                launches.free.push(tag);
+            }
             Slot::Abandoned => {
                 *slot = Slot::Free;
                 launches.free.push(tag);
@@ -314,6 +391,20 @@ fn take_replies(
         }
     }
     Ok(())
+}
+
+/// Takes the tokens of what is outstanding on a broken lane.
+fn give_up(shared: &Shared, landed: &mut Vec<Landed>) {
+    let mut launches = lock(&shared.launches);
+    let Launches { slots, broken, .. } = &mut *launches;
+    let fault = broken.clone().unwrap_or_else(|| Fault::new(Code::Unknown, "the lane broke"));
+    for slot in slots {
+        if let Slot::Direct(token) = *slot {
+            // No tag is drawn any more, so that the slot need not be freed.
+            *slot = Slot::Abandoned;
+            landed.push(Landed { token, reply: Err(lost(fault.clone())) });
+        }
+    }
 }
 
 fn break_launches(shared: &Shared, fault: &Fault) {
@@ -331,116 +422,4 @@ fn break_launches(shared: &Shared, fault: &Fault) {
     drop(launches);
     shared.ready.notify_one();
     wakers.into_iter().for_each(Waker::wake);
-}
-
-/// The answering end of a lane, after its [`Kind::Lane`] frame was read.
-#[derive(Debug)]
-pub struct LaneServer {
-    frames: Frames,
-    replies: LaneReplies,
-}
-
-/// Where replies go. Cheap to clone; the lane's writer ends with the last clone.
-#[derive(Clone, Debug)]
-pub struct LaneReplies(Arc<RepliesEnded>);
-
-#[derive(Debug)]
-struct RepliesEnded(Arc<Replies>);
-
-#[derive(Debug, Default)]
-struct Replies {
-    out: Mutex<Outgoing>,
-    ready: Notify,
-    written: Notify,
-}
-
-impl Drop for RepliesEnded {
-    fn drop(&mut self) {
-        lock(&self.0.out).ended = true;
-        self.0.ready.notify_one();
-    }
-}
-
-impl LaneServer {
-    /// Serves a lane. Runs a task on the current runtime that writes replies.
-    #[must_use]
-    pub fn new(send: SendStream, recv: RecvStream) -> Self {
-        let replies = Arc::new(Replies::default());
-        tokio::spawn(write_replies(Arc::clone(&replies), send));
-        let frames = Frames { recv, have: Bytes::new() };
-        Self { frames, replies: LaneReplies(Arc::new(RepliesEnded(replies))) }
-    }
-
-    /// Where replies go.
-    #[must_use]
-    pub fn replies(&self) -> LaneReplies {
-        self.replies.clone()
-    }
-
-    /// The next launch: its tag, and the payload of a [`Kind::Launch`] frame. `None` once no more come.
-    ///
-    /// # Errors
-    /// [`StreamLost`].
-    pub async fn next(&mut self) -> Result<Option<(u32, Bytes)>, StreamLost> {
-        loop {
-            if let Some((kind, payload)) = self.frames.take()? {
-                if kind != Kind::LaneLaunch {
-                    let _ = self.frames.recv.stop(BROKEN);
-                    return Err(StreamLost::Unexpected(kind));
-                }
-                let (tag, _) = lane_tag(&payload)?;
-                return Ok(Some((tag, payload.slice(LANE_TAG_BYTES..))));
-            }
-            self.replies.taken().await;
-            if !self.frames.more().await? {
-                return Ok(None);
-            }
-        }
-    }
-}
-
-impl LaneReplies {
-    /// Answers a launch.
-    pub fn reply(&self, tag: u32, reply: &LaunchReply) {
-        let replies = &self.0.0;
-        let mut out = lock(&replies.out);
-        let idle = out.bytes.is_empty();
-        out.push(Kind::LaneReply, tag, &[&reply.to_bytes()]);
-        drop(out);
-        if idle {
-            replies.ready.notify_one();
-        }
-    }
-
-    /// Waits while the peer does not take its replies.
-    async fn taken(&self) {
-        let replies = &self.0.0;
-        while lock(&replies.out).bytes.len() > UNSENT_BYTES_MAX {
-            replies.written.notified().await;
-        }
-    }
-}
-
-async fn write_replies(replies: Arc<Replies>, mut send: SendStream) {
-    loop {
-        tokio::task::yield_now().await;
-        let (bytes, ended) = {
-            let mut out = lock(&replies.out);
-            (out.bytes.split().freeze(), out.ended)
-        };
-        if bytes.is_empty() {
-            if ended {
-                let _ = send.finish();
-                return;
-            }
-            replies.ready.notified().await;
-            continue;
-        }
-        // A peer that is gone does not want its replies; the server learns of it by reading.
-        let gone = send.write_chunk(bytes).await.is_err();
-        replies.written.notify_one();
-        if gone {
-            return;
-        }
-    }
 }
