@@ -1,14 +1,16 @@
 //! The same bytes through the same topology on tonic (gRPC over HTTP/2 and TLS), beside bare quinn and beside Volley.
 //!
-//! Client, relay and echoes have a thread each. With `--placer ADDR --identity DIR` real launches on a running fleet
-//! alternate with them (`--hosts N`: how many hosts it has). `cargo bench -p bench --bench tonic -- --connections 16
-//! --in-flight 1024 --hosts 100`; without `--bench` (as a test) it makes one short round.
+//! Client, relay and echoes have a thread each. `cargo bench -p bench --bench tonic -- --volley target/release/volley
+//! --in-flight 1024 --hosts 100` alternates with real launches: each round runs that program's `bench launch` with as many
+//! hosts and as much in flight, which makes a fleet without boxes for it. Without `--volley` the front door's program beside
+//! this one is taken if it is there. `--placer ADDR --identity DIR` measures a running fleet instead. Without `--bench` (as
+//! a test) it makes one short round.
 
 use std::{
     convert::Infallible,
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
-    process::ExitCode,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -265,6 +267,33 @@ impl Args {
     }
 }
 
+/// The front door's program: the one that was named, or the one that was built beside this.
+fn front_door(args: &Args) -> Option<PathBuf> {
+    if let Some(path) = args.text("--volley") {
+        return Some(PathBuf::from(path));
+    }
+    let beside = std::env::current_exe().ok()?.parent()?.parent()?.join("volley");
+    beside.is_file().then_some(beside)
+}
+
+/// Launches a second on a fleet that is made for this round.
+fn made_fleet(volley: &Path, shape: Shape) -> Result<f64, Fault> {
+    let time = format!("{}ms", shape.time.as_millis());
+    let output = Command::new(volley)
+        .args(["bench", "launch", "-o", "json", "--ceiling", "0s", "--warm-up", "500ms"])
+        .args(["--duration", &time])
+        .args(["--hosts", &shape.hosts.to_string()])
+        .args(["--in-flight", &shape.in_flight.to_string()])
+        .args(["--connections", &shape.connections.to_string()])
+        .output()
+        .map_err(internal)?;
+    if !output.status.success() {
+        return Err(internal(String::from_utf8_lossy(&output.stderr)));
+    }
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).map_err(internal)?;
+    report["launches_per_second"].as_f64().ok_or_else(|| internal("a report without its figure"))
+}
+
 fn launches(args: &Args, shape: Shape) -> Result<Option<Options>, Fault> {
     let (Some(placer), Some(identity)) = (args.text("--placer"), args.text("--identity")) else {
         return Ok(None);
@@ -290,7 +319,7 @@ fn run(args: &Args) -> Result<(), Fault> {
     let shape = Shape {
         request: args.count("--request", 220)?,
         reply: args.count("--reply", 112)?,
-        connections: args.count("--connections", 16)?,
+        connections: args.count("--connections", 4)?,
         in_flight: args.count("--in-flight", if real { 1_024 } else { 32 })?,
         hosts: args.count("--hosts", if real { 100 } else { 3 })?,
         time: Duration::from_millis(if real { 2_000 } else { 100 }),
@@ -298,12 +327,14 @@ fn run(args: &Args) -> Result<(), Fault> {
     };
     let rounds = if real { 5 } else { 1 };
     let launches = launches(args, shape)?;
+    let made = front_door(args).filter(|_| real && launches.is_none());
     let [volley, tonic, lanes, streams] = alternate::<Fault, 4>(
         rounds,
         [
-            &mut || match &launches {
-                Some(options) => Ok(launch::run(options)?.launches_per_second),
-                None => Ok(f64::NAN),
+            &mut || match (&launches, &made) {
+                (Some(options), _) => Ok(launch::run(options)?.launches_per_second),
+                (None, Some(volley)) => made_fleet(volley, shape),
+                (None, None) => Ok(f64::NAN),
             },
             &mut || tonic_relay(shape),
             &mut || launch::bare(shape, true),
@@ -311,7 +342,7 @@ fn run(args: &Args) -> Result<(), Fault> {
         ],
     )?;
     println!("{shape:?}; a second, client, relay and echoes on a thread each");
-    if launches.is_some() {
+    if launches.is_some() || made.is_some() {
         println!("  volley, real launches  {volley:.0}");
     }
     println!("  tonic relay            {tonic:.0}");
@@ -320,7 +351,7 @@ fn run(args: &Args) -> Result<(), Fault> {
         "  bare quinn, a stream   {streams:.0}; {:.1} times tonic",
         streams.median / tonic.median
     );
-    if launches.is_some() {
+    if launches.is_some() || made.is_some() {
         println!("  volley is {:.1} times tonic", volley.median / tonic.median);
     }
     Ok(())

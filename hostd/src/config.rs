@@ -126,6 +126,8 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// Sandboxes at once.
     pub boxes_max: u32,
+    /// Ended sandboxes whose records are kept for those who look later, at most 1,024.
+    pub ended_max: usize,
     /// The fleet's four shapes; absent: nano, small, medium, large.
     pub shapes: Option<[ShapeConfig; 4]>,
     /// Boxes kept parked, a shape.
@@ -185,6 +187,7 @@ impl Default for Config {
             cpu_millis: None,
             memory_bytes: None,
             boxes_max: 1_000,
+            ended_max: hostd_core::limits::ENDED_MAX,
             shapes: None,
             pool: [4, 4, 2, 0],
             uid_base: None,

@@ -156,6 +156,7 @@ fn one(cell: &Rc<HostCell>, lane: &Rc<Lane>, now_ms: u64, tag: u32, payload: &[u
 }
 
 async fn write(cell: &Rc<HostCell>, lane: &Rc<Lane>, send: &mut SendStream) {
+    let mut unsent = Vec::new();
     loop {
         let out = lane.out.borrow_mut().split().freeze();
         if out.is_empty() {
@@ -165,15 +166,16 @@ async fn write(cell: &Rc<HostCell>, lane: &Rc<Lane>, send: &mut SendStream) {
             lane.ready.notified().await;
             continue;
         }
-        let unsent = lane.unsent.take();
+        std::mem::swap(&mut *lane.unsent.borrow_mut(), &mut unsent);
         if send.write_chunk(out).await.is_err() {
             lane.broken.set(true);
             let now_ms = clock::now_ms();
-            for (reply, budget_ms) in unsent.into_iter().chain(lane.unsent.take()) {
+            for (reply, budget_ms) in unsent.drain(..).chain(lane.unsent.take()) {
                 launch::undelivered(cell, now_ms, &reply, budget_ms);
             }
             cell.settle(now_ms);
         }
+        unsent.clear();
         lane.written.notify_one();
     }
 }

@@ -227,7 +227,7 @@ impl Process<'_> {
         let seed = OsRng.try_next_u64().map_err(|error| {
             Fault::new(Code::Internal, format!("the kernel gives no randomness: {error}"))
         })?;
-        let core = Core::new(&CoreConfig {
+        let mut core = Core::new(&CoreConfig {
             host: id,
             incarnation,
             shapes: shapes.clone(),
@@ -236,6 +236,7 @@ impl Process<'_> {
             margin_percent: self.config.margin_percent,
             seed,
         });
+        core.set_ended_max(self.config.ended_max);
         let backend = match self.config.boxes {
             Boxes::None => Backend::None { noop_ms: self.config.noop_ms },
             Boxes::Real => Backend::Real(Box::new(Real::open(self.config, host, id).await?)),

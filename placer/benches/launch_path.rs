@@ -2,7 +2,11 @@
 //!
 //! `cargo bench -p placer --bench launch_path -- [hosts] [in flight] [seconds] [connections]`. Prints launches a second and the
 //! processor time a launch of each part, then the same without a placer: launches straight from the client to the
-//! hosts, on lanes, in QUIC datagrams and with a stream each, as ceilings in the same run. Hosts answer from memory: no admission is measured.
+//! hosts, on lanes, in QUIC datagrams (sent again after 50 ms without an answer) and with a stream each, as ceilings in the same
+//! run. Hosts answer from memory: no admission is measured.
+//!
+//! `-- flat [real hosts] [in flight] [seconds]`: the cost of a launch with 10 to 1,000,000 hosts in the map. The real hosts are those
+//! of the map that are this placer's part (its aperture is as large as they are many); the others are there to be searched.
 
 #![expect(
     clippy::unwrap_used,
@@ -21,6 +25,7 @@ use std::{
 };
 
 use object_store::{ObjectStoreExt, path::Path};
+use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio_util::sync::CancellationToken;
 use volley_client::draw_id;
 use wire::{
@@ -43,11 +48,17 @@ use wire_net::{
 fn main() {
     let args: Vec<u64> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
     let get = |at: usize, or: u64| args.get(at).copied().unwrap_or(or);
+    if std::env::args().any(|arg| arg == "flat") {
+        flat(get(0, 10), get(1, 256), get(2, 2));
+        std::process::exit(0);
+    }
     let (hosts, in_flight, seconds) = (get(0, 100), get(1, 1_000), get(2, 3));
     let connections = get(3, 1);
     let authority = Arc::new(FleetAuthority::unsaved().unwrap());
-    let addrs = start_hosts(&authority, hosts);
-    let placer = start_placer(&authority, &addrs);
+    let ids: Vec<_> =
+        (0..hosts).map(|at| HostId((at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
+    let addrs = start_hosts(&authority, ids);
+    let placer = start_placer(&authority, "mem://bench", &addrs, &addrs);
     let tenant = authority.issue(&Peer::Client { tenant: "acme".into() }).unwrap();
     let as_placer = authority.issue(&Peer::Placer(2)).unwrap();
     println!("{hosts} hosts, {in_flight} in flight, {connections} connections of the client");
@@ -63,6 +74,51 @@ fn main() {
     std::process::exit(0);
 }
 
+/// The cost of a launch by the size of the map: the same hosts, connections and load, and a map with more and more others.
+fn flat(real: u64, in_flight: u64, seconds: u64) {
+    let authority = Arc::new(FleetAuthority::unsaved().unwrap());
+    let tenant = authority.issue(&Peer::Client { tenant: "acme".into() }).unwrap();
+    let mut rng = SmallRng::seed_from_u64(7);
+    let nobody = SocketAddr::from((Ipv4Addr::LOCALHOST, 9));
+    let load = Load { in_flight, seconds };
+    let mut placers = Vec::new();
+    for (objects, count) in [
+        ("mem://flat-10", 10u64),
+        ("mem://flat-1k", 1_000),
+        ("mem://flat-100k", 100_000),
+        ("mem://flat-1m", 1_000_000),
+    ] {
+        let mut ids: Vec<_> = (0..count.max(real)).map(|_| HostId(rng.next_u64())).collect();
+        // The placer's part of the map, by its own rule: these are the hosts that are there.
+        let part = placer::fleet::Aperture { placer: 1, hosts: real as usize };
+        ids.sort_unstable_by_key(|id| part.weight(*id));
+        let hosts = start_hosts(&authority, ids[..real as usize].to_vec());
+        let others = ids[real as usize..].iter().map(|id| (*id, nobody));
+        let all: Vec<_> = hosts.iter().copied().chain(others).collect();
+        placers.push((count, start_placer(&authority, objects, &all, &hosts)));
+    }
+    println!("{real} real hosts, {in_flight} in flight; the rest of the map is others' hosts");
+    let mut figures = vec![Vec::new(); placers.len()];
+    for _ in 0..3 {
+        for ((count, placer), figures) in placers.iter().zip(&mut figures) {
+            let what = format!("{count} hosts in the map");
+            let to = [(*placer, Role::Placer)];
+            figures.push(load.run(&what, &tenant, &to, Carrier::Lanes));
+        }
+    }
+    let median = |figures: &mut Vec<f64>| {
+        figures.sort_by(f64::total_cmp);
+        figures[figures.len() / 2]
+    };
+    let medians: Vec<f64> = figures.iter_mut().map(median).collect();
+    println!(
+        "cost of a launch at a placer: {medians:.2?} us; {:.2} times from {} to {} hosts",
+        medians[medians.len() - 1] / medians[0],
+        placers[0].0,
+        placers[placers.len() - 1].0
+    );
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Carrier {
     Lanes,
@@ -70,17 +126,26 @@ enum Carrier {
     Streams,
 }
 
-/// Launches in datagrams, matched by a tag. A lost one is counted as failed: a carrier would send it again.
+/// A datagram without an answer is sent again after this.
+const AGAIN: Duration = Duration::from_millis(50);
+
+/// Launches in datagrams, matched by a tag.
 struct Datagrams {
     connection: quinn::Connection,
+    /// Datagrams that were sent again.
+    again: AtomicU64,
     waiting: std::sync::Mutex<HashMap<u32, tokio::sync::oneshot::Sender<bytes::Bytes>>>,
     next: std::sync::atomic::AtomicU32,
 }
 
 impl Datagrams {
     fn over(connection: quinn::Connection) -> Arc<Self> {
-        let this =
-            Arc::new(Self { connection, waiting: Default::default(), next: Default::default() });
+        let this = Arc::new(Self {
+            connection,
+            again: AtomicU64::new(0),
+            waiting: Default::default(),
+            next: Default::default(),
+        });
         let reader = Arc::clone(&this);
         tokio::spawn(async move {
             while let Ok(bytes) = reader.connection.read_datagram().await {
@@ -101,9 +166,20 @@ impl Datagrams {
         bytes.extend_from_slice(&tag.to_le_bytes());
         bytes.extend_from_slice(&head.bytes());
         bytes.extend_from_slice(request);
-        self.connection.send_datagram(bytes.freeze()).unwrap();
+        let bytes = bytes.freeze();
+        self.connection.send_datagram(bytes.clone()).unwrap();
         let lost = || LaunchLost::Unknown(wire::Fault::new(wire::Code::Unknown, "lost"));
-        let reply = tokio::time::timeout(Duration::from_millis(500), receiver).await;
+        let mut receiver = receiver;
+        let mut reply = tokio::time::timeout(AGAIN, &mut receiver).await;
+        for _ in 0..8 {
+            if reply.is_ok() {
+                break;
+            }
+            // Lost, or late: the id makes a second copy harmless.
+            self.again.fetch_add(1, Ordering::Relaxed);
+            self.connection.send_datagram(bytes.clone()).unwrap();
+            reply = tokio::time::timeout(AGAIN, &mut receiver).await;
+        }
         LaunchReply::from_bytes(&reply.map_err(|_| lost())?.map_err(|_| lost())?)
             .map_err(|_| lost())
     }
@@ -115,7 +191,14 @@ struct Load {
 }
 
 impl Load {
-    fn run(&self, what: &str, identity: &Identity, to: &[(SocketAddr, Role)], carrier: Carrier) {
+    /// Returns the microseconds of processor time that a launch took of the placers.
+    fn run(
+        &self,
+        what: &str,
+        identity: &Identity,
+        to: &[(SocketAddr, Role)],
+        carrier: Carrier,
+    ) -> f64 {
         let done = Arc::new(AtomicU64::new(0));
         let failed = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
@@ -142,6 +225,8 @@ impl Load {
             failed.load(Ordering::Relaxed),
             parts.join(", ")
         );
+        let of_placers = used.iter().filter(|(name, _)| name.starts_with("placer"));
+        of_placers.map(|(_, us)| us).sum::<f64>() / launches as f64
     }
 }
 
@@ -200,6 +285,10 @@ async fn offer(
     for task in tasks {
         let _ = task.await;
     }
+    let again: u64 = links.iter().map(|link| link.2.again.load(Ordering::Relaxed)).sum();
+    if again > 0 {
+        println!("  {again} datagrams were sent again");
+    }
     endpoint.close(0u32.into(), b"done");
     let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
 }
@@ -228,14 +317,13 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Hosts that start everything, all on one thread.
-fn start_hosts(authority: &Arc<FleetAuthority>, count: u64) -> Vec<(HostId, SocketAddr)> {
+fn start_hosts(authority: &Arc<FleetAuthority>, ids: Vec<HostId>) -> Vec<(HostId, SocketAddr)> {
     let (told, addrs) = std::sync::mpsc::channel();
     let authority = Arc::clone(authority);
     let serve = move || {
         runtime().block_on(async move {
             let mut all = Vec::new();
-            for at in 0..count {
-                let id = HostId((at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            for id in ids {
                 let identity = authority.issue(&Peer::Host(id)).unwrap();
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 let endpoint = quic::listen(any, &identity, &[Role::Placer]).unwrap();
@@ -299,8 +387,13 @@ fn word() -> CapacityWord {
     CapacityWord::new([1_000; 4], 0, Stamp::of(Seq(1)))
 }
 
-/// A placer with one dispatching thread, once it has a map and has heard of all hosts.
-fn start_placer(authority: &Arc<FleetAuthority>, hosts: &[(HostId, SocketAddr)]) -> SocketAddr {
+/// A placer with one dispatching thread that launches on `real`, once it has the map of `hosts` and has heard of all real ones.
+fn start_placer(
+    authority: &Arc<FleetAuthority>,
+    objects: &'static str,
+    hosts: &[(HostId, SocketAddr)],
+    real: &[(HostId, SocketAddr)],
+) -> SocketAddr {
     let dir = tempfile::tempdir().unwrap().keep();
     let identity = authority.issue(&Peer::Placer(1)).unwrap();
     identity.save(&dir).unwrap();
@@ -309,8 +402,9 @@ fn start_placer(authority: &Arc<FleetAuthority>, hosts: &[(HostId, SocketAddr)])
         identity: dir.clone(),
         state: dir.join("state"),
         listen,
-        objects: "mem://bench".into(),
-        aggregators: vec![start_aggregator(authority, hosts)],
+        objects: objects.into(),
+        aggregators: vec![start_aggregator(authority, real)],
+        aperture: real.len(),
         map_refresh_ms: 100,
         workers: 1,
         ..placer::Config::default()
@@ -318,7 +412,7 @@ fn start_placer(authority: &Arc<FleetAuthority>, hosts: &[(HostId, SocketAddr)])
     let hosts = hosts.to_vec();
     std::thread::spawn(move || {
         runtime().block_on(async move {
-            publish(&hosts).await;
+            publish(objects, &hosts).await;
             placer::run(config, CancellationToken::new()).await.unwrap();
         });
     });
@@ -341,8 +435,8 @@ fn start_placer(authority: &Arc<FleetAuthority>, hosts: &[(HostId, SocketAddr)])
     listen
 }
 
-async fn publish(hosts: &[(HostId, SocketAddr)]) {
-    let store = objects::open("mem://bench").unwrap();
+async fn publish(objects: &str, hosts: &[(HostId, SocketAddr)]) {
+    let store = objects::open(objects).unwrap();
     let addr = |addr: &SocketAddr| HostAddr { ip: addr.ip(), port: addr.port() };
     let mut hosts: Vec<_> = hosts.iter().map(|(id, at)| (*id, addr(at))).collect();
     hosts.sort_unstable_by_key(|(id, _)| *id);

@@ -9,7 +9,7 @@ use std::{
     io::IsTerminal as _,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bench::launch::{Carrier, Claim, Load, Options};
@@ -179,6 +179,8 @@ struct CostFlags {
 Examples:
   volley bench launch                                  closed loop, 256 in flight, nothing runs
   volley bench launch --rate 20000 --duration 30s      open loop
+  volley bench launch --hosts 100 --in-flight 1024 --sweep --duration 4s
+                                                       rates up to what the closed loop reached, and where latency bends
   volley bench launch --boxes real --in-flight 32      real sandboxes running /bin/true
   volley bench launch --running --rate 100             the fleet of the client file")]
 struct LaunchFlags {
@@ -201,7 +203,10 @@ struct LaunchFlags {
     /// Closed loop: launches at once.
     #[arg(long, value_name = "COUNT", default_value_t = 256)]
     in_flight: usize,
-    /// Time that is measured.
+    /// After the closed loop, offer shares of its rate in an open loop: how latency grows, and where it bends.
+    #[arg(long, conflicts_with = "rate")]
+    sweep: bool,
+    /// Time that is measured (each rate's, in a sweep).
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     duration: Duration,
     /// Time before, that is not.
@@ -366,6 +371,12 @@ fn cost(flags: &CostFlags) -> Result<(), Failure> {
     })
 }
 
+/// Hosts that a list shows at most.
+const LISTED_MAX: u16 = 500;
+
+/// How long thousands of hosts may take to be in the placer's map.
+const MAP_READY_MAX: Duration = Duration::from_secs(60);
+
 /// A fleet that is made for one bench.
 struct Made<'a> {
     hosts: u16,
@@ -402,6 +413,24 @@ impl Made<'_> {
         measured
     }
 
+    /// Waits until the placer's map holds all hosts.
+    fn await_map(&self, fleet: &Fleet, stop: &CancellationToken) -> Result<(), Failure> {
+        let deadline = Instant::now() + MAP_READY_MAX;
+        let in_map = || {
+            let text = bench::scrape::fetch(fleet.placer_ops)?;
+            bench::scrape::sum(&text, "placer_hosts")
+        };
+        while in_map().unwrap_or_default() < f64::from(self.hosts) {
+            stopped(stop)?;
+            if Instant::now() > deadline {
+                let what = format!("the placer's map does not hold {} hosts", self.hosts);
+                return Err(Failure::new(Code::NoHosts, what));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
     /// Waits until a launch gets through: then the placer has the map.
     fn settle(
         &self,
@@ -410,7 +439,9 @@ impl Made<'_> {
         stop: &CancellationToken,
     ) -> Result<(), Failure> {
         let operator = Session::over(&fleet.client, true)?;
-        dev::await_hosts(&operator, self.hosts, roles, stop)?;
+        // A list of hosts shows the first hundreds; the placer's own count says when it has the others.
+        dev::await_hosts(&operator, self.hosts.min(LISTED_MAX), roles, stop)?;
+        self.await_map(fleet, stop)?;
         if self.boxes == Boxes::Real {
             dev::prepare(fleet)?;
         }
@@ -428,8 +459,15 @@ fn stopped(stop: &CancellationToken) -> Result<(), Failure> {
 
 fn measure(flags: &LaunchFlags, base: Options, stop: &CancellationToken) -> Result<(), Failure> {
     let options = flags.options(base);
+    let swept = flags.sweep.then(|| options.clone());
     let report = dev::meanwhile(|| stopped(stop), move || bench::launch::run(&options))??;
     figures(flags.output, &report)?;
+    if let Some(options) = swept.filter(|_| report.achieved.started > 0) {
+        let closed = report.clone();
+        let knee =
+            dev::meanwhile(|| stopped(stop), move || bench::launch::sweep(&options, &closed))??;
+        figures(flags.output, &knee)?;
+    }
     if report.achieved.started == 0 {
         let first = report.first_fault.unwrap_or_else(|| "no reason was kept".to_owned());
         return Err(Failure::new(Code::FleetFailing, format!("no launch started: {first}")));

@@ -20,7 +20,12 @@ use std::{
 
 use quinn::Endpoint;
 use tokio::sync::watch;
-use wire::{Code, Fault, frame::HEADER_BYTES, launch::LaunchHead, seal::Role};
+use wire::{
+    Code, Fault,
+    frame::{HEADER_BYTES, LANE_TAG_BYTES},
+    launch::LaunchHead,
+    seal::Role,
+};
 use wire_net::{
     quic,
     tls::{FleetAuthority, Identity, Peer},
@@ -60,9 +65,13 @@ pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling,
         Load::Closed { in_flight } => in_flight,
         Load::Open { rate } => little(rate, measured.latency_us.mean()),
     };
+    let tag = match options.carrier {
+        Carrier::Lane => LANE_TAG_BYTES,
+        Carrier::Stream => 0,
+    };
     let shape = Shape {
-        request: HEADER_BYTES + LaunchHead::BYTES + measured.request_bytes,
-        reply: HEADER_BYTES + reply,
+        request: HEADER_BYTES + tag + LaunchHead::BYTES + measured.request_bytes,
+        reply: HEADER_BYTES + tag + reply,
         connections: options.connections_each() * options.threads,
         in_flight: in_flight.clamp(1, IN_FLIGHT_MAX),
         hosts: options.hosts.clamp(1, HOSTS_MAX),

@@ -343,8 +343,8 @@ async fn run(options: &Options, own: &Arc<Own>) -> Result<(), Fault> {
     if let Links::Lanes(lanes) = &own.links {
         own.seen().achieved.unknown += lanes.iter().map(LaneLink::under_way).sum::<u64>();
     }
-    lanes.iter().for_each(tokio::task::JoinHandle::abort);
-    for lane in lanes {
+    for lane in lanes.into_iter().filter(|lane| !lane.is_finished()) {
+        lane.abort();
         let _ = lane.await;
     }
     Ok(())

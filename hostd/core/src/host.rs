@@ -108,7 +108,9 @@ pub struct Host<N> {
     pub(crate) live: [u32; SHAPES_MAX],
     /// When to look at which sandbox. May hold entries of times long changed.
     due: BinaryHeap<Reverse<(u64, u64)>>,
-    ended: VecDeque<u64>,
+    /// When to drop the record of which ended sandbox, oldest first.
+    ended: VecDeque<(u64, u64)>,
+    ended_max: usize,
     deeds: VecDeque<Deed>,
     untold: Untold,
     drain_at_ms: Option<u64>,
@@ -137,12 +139,18 @@ impl<N> Host<N> {
             live: [0; SHAPES_MAX],
             due: BinaryHeap::new(),
             ended: VecDeque::new(),
+            ended_max: ENDED_MAX,
             deeds: VecDeque::new(),
             untold: Untold::default(),
             drain_at_ms: None,
             made: 0,
             next_seq: Seq(0),
         }
+    }
+
+    /// Keeps fewer records of ended sandboxes than [`ENDED_MAX`]: many hosts in one process share one cache.
+    pub fn set_ended_max(&mut self, ended_max: usize) {
+        self.ended_max = ended_max.min(ENDED_MAX);
     }
 
     /// Decides a launch. `note` makes what the caller keeps with the sandbox, if one is admitted.
@@ -281,13 +289,14 @@ impl<N> Host<N> {
         let sandbox = self.sandboxes.get_mut(&local).filter(|sandbox| sandbox.is_live())?;
         let exit = Exit { why: sandbox.ending.unwrap_or(exit.why), ..exit };
         sandbox.state = State::Stopped(exit);
-        sandbox.drop_at_ms = Some(now_ms.saturating_add(ENDED_MS));
+        let drop_at_ms = now_ms.saturating_add(ENDED_MS);
+        sandbox.drop_at_ms = Some(drop_at_ms);
         let (shape, launch_id) = (sandbox.shape, sandbox.launch_id);
         self.free(shape);
         self.launches.release(now_ms, launch_id);
-        self.ended.push_back(local);
+        self.ended.push_back((drop_at_ms, local));
         self.untold.mark(local);
-        if self.ended.len() > ENDED_MAX {
+        if self.ended.len() > self.ended_max {
             self.drop_oldest_ended();
         }
         Some(exit)
@@ -448,16 +457,14 @@ impl<N> Host<N> {
             all.sort_unstable();
             all.into_iter().for_each(|local| self.end(local, ExitWhy::Lost));
         }
-        while let Some(local) = self.ended.front()
-            && self.sandboxes.get(local).is_none_or(|s| s.drop_at_ms.is_some_and(|at| at <= now_ms))
-        {
+        while self.ended.front().is_some_and(|(at_ms, _)| *at_ms <= now_ms) {
             self.drop_oldest_ended();
         }
         self.launches.forget(now_ms);
     }
 
     fn drop_oldest_ended(&mut self) {
-        if let Some(local) = self.ended.pop_front() {
+        if let Some((_, local)) = self.ended.pop_front() {
             self.sandboxes.remove(&local);
         }
     }
@@ -465,7 +472,7 @@ impl<N> Host<N> {
     /// When [`Host::handle_timeout`] is due, in ms.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<u64> {
-        let ended = self.ended.front().and_then(|local| self.sandboxes.get(local)?.drop_at_ms);
+        let ended = self.ended.front().map(|(at_ms, _)| *at_ms);
         let due = self.due.peek().map(|Reverse((at_ms, _))| *at_ms);
         [due, self.drain_at_ms, ended, self.launches.poll_timeout()].into_iter().flatten().min()
     }

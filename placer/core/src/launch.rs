@@ -26,7 +26,8 @@ use crate::{
 /// Asked again of a host that did not answer, before it is cancelled there.
 const ASKED_AGAIN_MAX: u32 = 2;
 
-/// Least time between two messages to a host whose connection just broke.
+/// Time between two messages to a host whose connection just broke: a daemon that was restarted is back in tens of
+/// milliseconds. Each further message waits four times as long, up to an eighth of the time left.
 const PACE_US: Micros = 20_000;
 
 /// What the caller does next.
@@ -90,6 +91,8 @@ pub struct Launch {
     other: Option<u32>,
     attempts: u32,
     asked_again: u32,
+    /// Messages to this host that were paced.
+    paced: u32,
     excluded: [HostId; ATTEMPTS_MAX as usize],
     excluded_len: usize,
     failed: u32,
@@ -112,6 +115,7 @@ impl Launch {
             other: None,
             attempts: 0,
             asked_again: 0,
+            paced: 0,
             excluded: [HostId(0); ATTEMPTS_MAX as usize],
             excluded_len: 0,
             failed: 0,
@@ -232,7 +236,8 @@ impl Launch {
             return;
         }
         if self.asked_again > 0 {
-            return self.silent(now, now + self.pace(now), table, dispatch);
+            let next = now + self.pace(now);
+            return self.silent(now, next, table, dispatch);
         }
         self.bad(code, table, dispatch);
         self.fault = Some(Fault::new(code, format!("host {host} cannot be reached")));
@@ -248,7 +253,8 @@ impl Launch {
         dispatch: &mut Dispatch,
     ) {
         if self.host() == Some(host) && matches!(self.state, State::Sent { .. }) {
-            self.silent(now, now + self.pace(now), table, dispatch);
+            let next = now + self.pace(now);
+            self.silent(now, next, table, dispatch);
         }
     }
 
@@ -300,6 +306,7 @@ impl Launch {
         self.held = Some(picked.reservation);
         self.other = picked.other;
         self.asked_again = 0;
+        self.paced = 0;
         self.state = State::Due { at: now, again: false };
     }
 
@@ -523,8 +530,11 @@ impl Launch {
         dispatch.policy.hedge_us.map_or(wait, |hedge| wait.min(hedge)).min(left)
     }
 
-    fn pace(&self, now: Micros) -> Micros {
-        (self.deadline.saturating_sub(now) / 8).max(PACE_US)
+    fn pace(&mut self, now: Micros) -> Micros {
+        let most = (self.deadline.saturating_sub(now) / 8).max(PACE_US);
+        let pace = PACE_US.saturating_mul(4u64.saturating_pow(self.paced));
+        self.paced += 1;
+        pace.min(most)
     }
 
     fn left_ms(&self, now: Micros) -> u32 {

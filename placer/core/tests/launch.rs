@@ -188,7 +188,8 @@ fn unknown_asks_the_same_host_then_cancels_and_only_then_goes_elsewhere() {
     let Step::Wait { until } = one.poll(1_000) else { panic!() };
     let Step::Send { host: same, again: true, budget_ms } = one.poll(until) else { panic!() };
     assert_eq!(same, host);
-    assert!(budget_ms < 10_000 && budget_ms > 8_000, "the budget shrinks: {budget_ms}");
+    assert!(until <= 1_000 + 20_000, "a daemon that was restarted is back soon: {until}");
+    assert!(budget_ms < 10_000 && budget_ms > 9_900, "the budget shrinks: {budget_ms}");
     let Step::Wait { until } = one.poll(until) else { panic!() };
     assert_eq!(one.sent(until), (host, true), "no answer in time: once more");
     let Step::Wait { until } = one.poll(until) else { panic!() };
@@ -374,4 +375,32 @@ fn any_sequence_of_events_keeps_the_rules() {
         assert_eq!(reserved(&table), 0, "round {round}: {outcome:?}");
         while dispatch.poll_report().is_some() {}
     }
+}
+
+#[test]
+fn messages_over_broken_connections_are_paced_from_20_ms_up_to_an_eighth_of_the_time_left() {
+    let mut one = One::new(4, 10_000);
+    let (host, _) = one.sent(0);
+    let mut now = 0;
+    let mut paces = Vec::new();
+    for _ in 0..12 {
+        match one.poll(now) {
+            Step::Wait { until } if paces.len() < 8 => {
+                let sent_at = now;
+                one.launch.handle_lost(now, host, &one.table, &mut one.dispatch);
+                one.launch.handle_cancel(now, host, false, &one.table, &mut one.dispatch);
+                let Step::Wait { until: next } = one.poll(now) else { continue };
+                assert!(next <= until.max(now + 1_250_000));
+                paces.push(next - sent_at);
+                now = next;
+            }
+            Step::Send { host: same, .. } | Step::Cancel { host: same } => assert_eq!(same, host),
+            other => panic!("{other:?} after {paces:?}"),
+        }
+        if paces.len() == 4 {
+            break;
+        }
+    }
+    assert_eq!(paces[..3], [20_000, 80_000, 320_000]);
+    assert!(paces[3] <= 1_250_000, "{paces:?}");
 }
