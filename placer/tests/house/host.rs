@@ -22,6 +22,8 @@ use wire_net::{quic, stream};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     Start,
+    /// Starts it, and answers after so many milliseconds: a host that has work to do.
+    StartIn(u64),
     Refuse,
     Fail(Code),
     /// Starts it, and does not answer.
@@ -91,6 +93,15 @@ impl Host {
         self.endpoint.close(0u32.into(), b"killed");
     }
 
+    /// Milliseconds that the next launch takes.
+    fn delay_ms(&self) -> u64 {
+        let script = Arc::clone(&self.script.lock().unwrap());
+        match script(self.asked.load(Ordering::SeqCst)) {
+            Act::StartIn(ms) => ms,
+            _ => 0,
+        }
+    }
+
     fn decide(&self, payload: &[u8]) -> (Option<LaunchReply>, bool) {
         let (_, bytes) = LaunchHead::split(payload).unwrap();
         let request = LaunchRequest::from_bytes(bytes).unwrap();
@@ -113,7 +124,7 @@ impl Host {
         let (reply, answered, dropped) = match act {
             Act::Refuse => (refused, true, false),
             Act::Fail(code) => (LaunchReply::Failed(Fault::new(code, "as scripted")), true, false),
-            Act::Start => (self.start(&request), true, false),
+            Act::Start | Act::StartIn(_) => (self.start(&request), true, false),
             Act::StartInSilence => (self.start(&request), false, false),
             Act::StartAndDrop => (self.start(&request), false, true),
             Act::Hang => return (None, false),
@@ -201,9 +212,11 @@ pub async fn serve(host: Arc<Host>) {
 async fn serve_stream(
     host: Arc<Host>,
     connection: quinn::Connection,
-    mut send: quinn::SendStream,
+    send: quinn::SendStream,
     mut recv: quinn::RecvStream,
 ) {
+    // Launches of one lane take their time side by side.
+    let send = Arc::new(tokio::sync::Mutex::new(send));
     let mut scratch = BytesMut::new();
     let mut tenant = String::new();
     while let Ok(Some((kind, payload))) = stream::read_frame(&mut recv, &mut scratch).await {
@@ -211,6 +224,7 @@ async fn serve_stream(
             Kind::Lane => {}
             Kind::Launch | Kind::LaneLaunch => {
                 let tag = if kind == Kind::Launch { 0 } else { LANE_TAG_BYTES };
+                let delay = std::time::Duration::from_millis(host.delay_ms());
                 let (reply, drop) = host.decide(&payload[tag..]);
                 if drop {
                     connection.close(0u32.into(), b"dropped");
@@ -218,12 +232,24 @@ async fn serve_stream(
                 }
                 match reply {
                     Some(reply) if kind == Kind::Launch => {
-                        return stream::reply(&mut send, &reply).await.unwrap_or(());
+                        return stream::reply(&mut *send.lock().await, &reply).await.unwrap_or(());
                     }
                     Some(reply) => {
-                        let parts = [&payload[..tag], &reply.to_bytes()];
-                        let written = stream::write_parts(&mut send, Kind::LaneReply, &parts);
-                        let _ = written.await;
+                        let send = Arc::clone(&send);
+                        let tag = payload[..tag].to_vec();
+                        let answer = async move {
+                            let parts = [&tag[..], &reply.to_bytes()];
+                            let mut send = send.lock().await;
+                            let _ = stream::write_parts(&mut send, Kind::LaneReply, &parts).await;
+                        };
+                        if delay.is_zero() {
+                            answer.await;
+                        } else {
+                            tokio::spawn(async move {
+                                tokio::time::sleep(delay).await;
+                                answer.await;
+                            });
+                        }
                     }
                     // The stream stays open: the host is silent, not gone.
                     None if kind == Kind::Launch => {
@@ -236,6 +262,7 @@ async fn serve_stream(
             Kind::OnBehalf => tenant = String::from_utf8(payload.to_vec()).unwrap(),
             Kind::Call => {
                 let answer = host.call(&tenant, &Call::from_bytes(&payload).unwrap());
+                let mut send = send.lock().await;
                 let _ = stream::answer(&mut send, &answer).await;
                 let _ = send.finish();
                 return;
