@@ -275,10 +275,9 @@ impl Worker {
     pub(crate) fn landed(self: &Rc<Self>, landed: &mut Vec<Landed>) {
         let now = self.now();
         for Landed { token, reply } in landed.drain(..) {
-            let Some(direct) = self.directs.borrow_mut().take(token) else { continue };
             match reply {
-                Ok(bytes) => self.replied(now, direct, &bytes),
-                Err(lost) => self.tell_direct(direct, news_of(Err(lost))),
+                Ok(bytes) => self.replied(now, token, &bytes),
+                Err(lost) => self.lost(token, lost),
             }
         }
         // There is room again.
@@ -287,21 +286,39 @@ impl Worker {
         }
     }
 
+    fn lost(self: &Rc<Self>, token: u64, lost: LaunchLost) {
+        let direct = self.directs.borrow_mut().take(token);
+        if let Some(direct) = direct {
+            self.tell_direct(direct, news_of(Err(lost)));
+        }
+    }
+
     /// A host answered: a start ends the launch right here.
-    fn replied(self: &Rc<Self>, now: Micros, direct: Direct, bytes: &[u8]) {
+    fn replied(self: &Rc<Self>, now: Micros, token: u64, bytes: &[u8]) {
         let started = match LaunchReply::from_bytes(bytes) {
             Ok(LaunchReply::Started(started)) => started,
-            Ok(reply) => return self.tell_direct(direct, News::Reply(reply)),
+            Ok(reply) => {
+                let direct = self.directs.borrow_mut().take(token);
+                if let Some(direct) = direct {
+                    self.tell_direct(direct, News::Reply(reply));
+                }
+                return;
+            }
             Err(_) => {
                 let fault = Fault::new(Code::Unknown, "the host sent what is no reply");
-                return self.tell_direct(direct, news_of(Err(LaunchLost::Unknown(fault))));
+                return self.lost(token, LaunchLost::Unknown(fault));
             }
         };
-        let Direct { mut launch, arrived, host, .. } = direct;
+        let mut directs = self.directs.borrow_mut();
+        let Some((_, Some(direct))) = directs.slot(token) else { return };
+        // In place: a record is half a kilobyte.
         let step = self.decide(|dispatch, table| {
-            launch.handle_reply(now, host, LaunchReply::Started(started), table, dispatch);
-            launch.poll(now, table, dispatch)
+            let reply = LaunchReply::Started(started);
+            direct.launch.handle_reply(now, direct.host, reply, table, dispatch);
+            direct.launch.poll(now, table, dispatch)
         });
+        let Some(Direct { launch, arrived, host, .. }) = directs.take(token) else { return };
+        drop(directs);
         let Step::Done(Outcome::Started(started)) = step else {
             return self.go_on(arrived, launch, host, Some(step), Flight::Nothing);
         };

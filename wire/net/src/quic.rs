@@ -50,7 +50,9 @@ const INCOMING_BYTES_MAX: u64 = 32 << 20;
 const CONNECT: Duration = Duration::from_secs(5);
 /// Packets that may come before one acknowledgement leaves.
 const ACK_AFTER_PACKETS: u32 = 10;
-const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
+/// A launch is acknowledged by its reply and a reply by the next launch, if that comes in time: with a thousand hosts it comes after some
+/// 25 ms, and a packet only to acknowledge costs as much as a launch. What is lost is noticed so much later.
+const ACK_DELAY_MAX: Duration = Duration::from_millis(25);
 
 const _: () = assert!(FRAME_BYTES_MAX <= 1 << 18);
 
