@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use futures::StreamExt as _;
 use hostd_core::{Beat, BeatConfig, HostConfig as CoreConfig};
 use rand::{TryRngCore, rngs::OsRng};
 use tokio::net::UdpSocket;
@@ -150,8 +151,25 @@ impl Process<'_> {
             let mut timers = Vec::new();
             let mut endpoints = Vec::new();
             let mut cells = Vec::new();
+            // Their files are synced side by side: one after the other, a thousand hosts would take half a minute.
+            let wanted = self.config.host_id.as_deref();
+            let opened = own.iter().map(|host| {
+                let (host, wanted) = (host.clone(), wanted.map(str::to_owned));
+                async move {
+                    let open = move || Opened::of(&host, wanted.as_deref());
+                    tokio::task::spawn_blocking(open).await.unwrap_or_else(|_| {
+                        Err(Fault::new(Code::Internal, "opening a host's state ended in a panic"))
+                    })
+                }
+            });
+            let mut opened = futures::stream::iter(opened).buffered(OPENED_AT_ONCE);
             for host in own {
-                match self.start(host).await {
+                let Some(opened) = opened.next().await else { break };
+                let started_host = match opened {
+                    Ok(opened) => self.start(host, opened).await,
+                    Err(fault) => Err(fault),
+                };
+                match started_host {
                     Ok((cell, endpoint, timer)) => {
                         let addr = endpoint.local_addr().unwrap_or(host.listen);
                         timers.push(spawn(timer.run()));
@@ -189,20 +207,15 @@ impl Process<'_> {
     async fn start(
         &self,
         host: &HostConfig,
+        opened: Opened,
     ) -> Result<(Rc<HostCell>, quinn::Endpoint, Timer), Fault> {
-        let identity = Identity::load(&host.identity)?;
-        let id = self.host_id(&host.identity, &identity)?;
-        let kept = Kept::open(&host.state, id)?;
+        let Opened { identity, id, kept, first_seq, incarnation, reserved_to } = opened;
         let endpoint = quic::listen(host.listen, &identity, &[Role::Placer, Role::Operator])?;
         let bound = endpoint.local_addr().unwrap_or(host.listen);
         let socket =
             UdpSocket::bind(SocketAddr::new(host.listen.ip(), 0)).await.map_err(|error| {
                 Fault::from(NetError::Bind(SocketAddr::new(host.listen.ip(), 0), error))
             })?;
-        let (first_seq, incarnation) = (kept.reserved, kept.incarnation);
-        let reserved_to = Seq(first_seq.0 + SEQ_RESERVE);
-        let kept = Arc::new(Mutex::new(kept));
-        reserve(&kept, reserved_to)?;
         let Some(keys) = identity.beat.clone() else {
             let text = format!("{} holds no beat.key", host.identity.display());
             return Err(Fault::new(Code::Config, text));
@@ -257,20 +270,44 @@ impl Process<'_> {
         };
         Ok((cell, endpoint, timer))
     }
+}
 
-    fn host_id(&self, dir: &Path, identity: &Identity) -> Result<HostId, Fault> {
-        let Peer::Host(id) = identity.peer else {
-            let text =
-                format!("{} is the identity of {}, not of a host", dir.display(), identity.peer);
-            return Err(Fault::new(Code::Config, text));
-        };
-        let wanted = self.config.host_id.as_deref();
-        if wanted.is_some_and(|wanted| wanted.parse() != Ok(id)) {
-            let text = format!("host_id is not {id}, the host of {}", dir.display());
-            return Err(Fault::new(Code::Config, text));
-        }
-        Ok(id)
+/// Hosts whose files are opened and synced at once.
+const OPENED_AT_ONCE: usize = 64;
+
+/// What a host has on disk, opened: all that blocks at a start.
+struct Opened {
+    identity: Identity,
+    id: HostId,
+    kept: Arc<Mutex<Kept>>,
+    first_seq: Seq,
+    incarnation: wire::Incarnation,
+    reserved_to: Seq,
+}
+
+impl Opened {
+    fn of(host: &HostConfig, wanted: Option<&str>) -> Result<Self, Fault> {
+        let identity = Identity::load(&host.identity)?;
+        let id = host_id(wanted, &host.identity, &identity)?;
+        let kept = Kept::open(&host.state, id)?;
+        let (first_seq, incarnation) = (kept.reserved, kept.incarnation);
+        let reserved_to = Seq(first_seq.0 + SEQ_RESERVE);
+        let kept = Arc::new(Mutex::new(kept));
+        reserve(&kept, reserved_to)?;
+        Ok(Self { identity, id, kept, first_seq, incarnation, reserved_to })
     }
+}
+
+fn host_id(wanted: Option<&str>, dir: &Path, identity: &Identity) -> Result<HostId, Fault> {
+    let Peer::Host(id) = identity.peer else {
+        let text = format!("{} is the identity of {}, not of a host", dir.display(), identity.peer);
+        return Err(Fault::new(Code::Config, text));
+    };
+    if wanted.is_some_and(|wanted| wanted.parse() != Ok(id)) {
+        let text = format!("host_id is not {id}, the host of {}", dir.display());
+        return Err(Fault::new(Code::Config, text));
+    }
+    Ok(id)
 }
 
 /// The address that placers dial.

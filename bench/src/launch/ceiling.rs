@@ -32,6 +32,7 @@ use wire_net::{
 };
 
 use super::{Carrier, Ceiling, Load, Options, load::Measured};
+use crate::cpu;
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 /// Without a reply to copy its size from (nothing was started).
@@ -78,11 +79,15 @@ pub(super) fn measure(options: &Options, measured: &Measured) -> Result<Ceiling,
         time: options.ceiling,
         carrier: options.carrier,
     };
+    let (echo, relay) = (trips(shape, false)?, trips(shape, true)?);
     Ok(Ceiling {
-        echo_per_second: bare(shape, false)?,
-        relay_per_second: bare(shape, true)?,
+        echo_per_second: echo.per_second,
+        relay_per_second: relay.per_second,
+        echo_cpu_us: echo.cpu_us,
+        relay_cpu_us: relay.cpu_us,
         connections: shape.connections,
         in_flight: shape.in_flight,
+        hosts: shape.hosts,
         request_bytes: shape.request,
         reply_bytes: shape.reply,
     })
@@ -104,6 +109,18 @@ fn little(rate: f64, mean_us: f64) -> usize {
 /// # Errors
 /// [`Code::Internal`] if a connection broke: then there is no figure.
 pub fn bare(shape: Shape, relayed: bool) -> Result<f64, Fault> {
+    trips(shape, relayed).map(|trips| trips.per_second)
+}
+
+/// Round trips that were measured.
+#[derive(Clone, Copy)]
+struct Trips {
+    per_second: f64,
+    /// Microseconds of processor time that one took of this process: client, relay and echoes together.
+    cpu_us: f64,
+}
+
+fn trips(shape: Shape, relayed: bool) -> Result<Trips, Fault> {
     let authority = &FleetAuthority::unsaved()?;
     let (stop, stopped) = watch::channel(false);
     let sockets = if relayed { shape.hosts } else { 1 };
@@ -214,7 +231,7 @@ enum Behind {
 }
 
 /// Round trips a second that come back.
-async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f64, Fault> {
+async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<Trips, Fault> {
     let endpoint = quic::dialer(LOOPBACK, &identity)?;
     let mut connections = Vec::new();
     for _ in 0..shape.connections {
@@ -240,9 +257,11 @@ async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f
         })
         .collect();
     tokio::time::sleep(WARM_UP).await;
-    let (before, from) = (done.load(Ordering::Relaxed), Instant::now());
+    let cpu = || cpu::used(std::process::id()).unwrap_or_default();
+    let (before, from, cpu_before) = (done.load(Ordering::Relaxed), Instant::now(), cpu());
     tokio::time::sleep(shape.time).await;
     let (count, took) = (done.load(Ordering::Relaxed) - before, from.elapsed());
+    let spent = cpu() - cpu_before;
     let broke = lost.load(Ordering::Relaxed);
     workers.iter().for_each(tokio::task::JoinHandle::abort);
     endpoint.close(0u32.into(), b"");
@@ -253,5 +272,8 @@ async fn offer(identity: Identity, target: SocketAddr, shape: Shape) -> Result<f
         ));
     }
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-    Ok(count as f64 / took.as_secs_f64())
+    Ok(Trips {
+        per_second: count as f64 / took.as_secs_f64(),
+        cpu_us: spent.as_secs_f64() * 1e6 / count.max(1) as f64,
+    })
 }

@@ -62,10 +62,16 @@ pub struct Ceiling {
     pub echo_per_second: f64,
     /// The same through a relay that forwards to as many echoes as there are hosts: launch's own shape.
     pub relay_per_second: f64,
+    /// Microseconds of processor time a round trip of the echo, both ends.
+    pub echo_cpu_us: f64,
+    /// The same of the relay: client, relay and echoes.
+    pub relay_cpu_us: f64,
     /// Connections that the client used.
     pub connections: usize,
     /// Round trips in flight.
     pub in_flight: usize,
+    /// Echoes behind the relay.
+    pub hosts: usize,
     /// Bytes there.
     pub request_bytes: usize,
     /// Bytes back.
@@ -189,6 +195,16 @@ impl fmt::Display for Report {
                 ceiling.reply_bytes,
                 ceiling.connections,
                 ceiling.in_flight
+            )?;
+            let ours: f64 = self.cpu.iter().map(|role| role.us_a_launch).sum();
+            writeln!(
+                f,
+                "             in processor time: a launch {ours:.1} us over all roles, a trip by the bare relay {:.1} us \
+                 ({:.0} %), to the bare echo {:.1} us; relay = client, relay and {} echoes, threads of one process",
+                ceiling.relay_cpu_us,
+                100.0 * ceiling.relay_cpu_us / ours.max(0.01),
+                ceiling.echo_cpu_us,
+                ceiling.hosts
             )?;
         }
         Ok(())
