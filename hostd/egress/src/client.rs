@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 use crate::{
     limits::ASK_MAX,
-    message::{self, Answer, Ask, BoxId, Socket, Usage, VERSION},
+    message::{self, Answer, Ask, BoxId, Question, Reply, Socket, Usage, VERSION},
     settings::EgressSettings,
     worker::{ARGUMENT, LOCKED, READY, socket_path},
 };
@@ -55,7 +55,8 @@ pub struct EgressConfig {
 /// A connection to the worker.
 #[derive(Debug)]
 pub struct Egress {
-    socket: Mutex<Socket>,
+    /// With the number of the last question.
+    socket: Mutex<(Socket, u64)>,
     settings: EgressSettings,
 }
 
@@ -91,7 +92,7 @@ impl Egress {
         let Some(socket) = connect(&config.dir).map_err(EgressError::Gone)? else {
             return Ok(None);
         };
-        let socket = Mutex::new(message::socket(socket).map_err(EgressError::Gone)?);
+        let socket = Mutex::new((message::socket(socket).map_err(EgressError::Gone)?, 0));
         let egress = Self { socket, settings: config.settings.clone() };
         match egress.boxes().await {
             Ok(boxes) => Ok(Some((egress, boxes))),
@@ -106,7 +107,7 @@ impl Egress {
     /// [`EgressError`].
     pub async fn boxes(&self) -> Result<Vec<BoxId>, EgressError> {
         let hello = Ask::Hello { version: VERSION, settings: self.settings.clone() };
-        match self.ask(&hello, &[]).await? {
+        match self.ask(hello, &[]).await? {
             Answer::Welcome { version: VERSION, boxes } => Ok(boxes),
             Answer::Welcome { version, .. } => Err(EgressError::Version(version)),
             other => Err(unexpected(other)),
@@ -118,7 +119,7 @@ impl Egress {
         let Ok(Some(socket)) = connect(dir) else { return };
         let Ok(socket) = message::socket(socket) else { return };
         let settings = EgressSettings::default();
-        let _ = Self { socket: Mutex::new(socket), settings }.ask(&Ask::Shutdown, &[]).await;
+        let _ = Self { socket: Mutex::new((socket, 0)), settings }.ask(Ask::Shutdown, &[]).await;
     }
 
     /// Has a box's packets carried under these rules, until the box has ended.
@@ -132,7 +133,7 @@ impl Egress {
         device: OwnedFd,
         ended: OwnedFd,
     ) -> Result<(), EgressError> {
-        match self.ask(&Ask::Open { id, rules }, &[device, ended]).await? {
+        match self.ask(Ask::Open { id, rules }, &[device, ended]).await? {
             Answer::Done => Ok(()),
             other => Err(unexpected(other)),
         }
@@ -143,7 +144,7 @@ impl Egress {
     /// # Errors
     /// [`EgressError`].
     pub async fn usage(&self, id: BoxId) -> Result<Option<Usage>, EgressError> {
-        match self.ask(&Ask::Usage { id }, &[]).await? {
+        match self.ask(Ask::Usage { id }, &[]).await? {
             Answer::Usage(usage) => Ok(Some(usage)),
             Answer::Unknown => Ok(None),
             other => Err(unexpected(other)),
@@ -155,19 +156,28 @@ impl Egress {
     /// # Errors
     /// [`EgressError`]: it was gone before it said so.
     pub async fn shutdown(&self) -> Result<(), EgressError> {
-        self.ask(&Ask::Shutdown, &[]).await.map(drop)
+        self.ask(Ask::Shutdown, &[]).await.map(drop)
     }
 
-    async fn ask(&self, ask: &Ask, fds: &[OwnedFd]) -> Result<Answer, EgressError> {
-        let socket = self.socket.lock().await;
+    async fn ask(&self, ask: Ask, fds: &[OwnedFd]) -> Result<Answer, EgressError> {
+        let mut locked = self.socket.lock().await;
+        let (socket, last) = &mut *locked;
+        *last += 1;
+        let number = *last;
         let asked = async {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            message::send(&socket, &ask.encode(), &fds).await?;
+            message::send(socket, &Question { number, ask }.encode(), &fds).await?;
             let mut buffer = Vec::new();
-            let (length, _) = message::receive(&socket, &mut buffer).await?;
-            Answer::decode(&buffer[..length]).ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+            loop {
+                let (length, _) = message::receive(socket, &mut buffer).await?;
+                let reply = Reply::decode(&buffer[..length]).ok_or(io::ErrorKind::BrokenPipe)?;
+                // Others answer a question whose asker has gone away.
+                if reply.number == number {
+                    return Ok(reply.answer);
+                }
+            }
         };
-        let answer = tokio::time::timeout(ASK_MAX, asked).await;
+        let answer: Result<io::Result<Answer>, _> = tokio::time::timeout(ASK_MAX, asked).await;
         answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(EgressError::Gone)
     }
 }

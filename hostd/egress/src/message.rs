@@ -30,6 +30,21 @@ pub(crate) const VERSION: u32 = 1;
 /// Descriptors beside a message: a device and a process.
 const FDS_MAX: usize = 2;
 
+/// A question with its number. Whoever asks may go away before the answer comes (a caller's connection ends), so the next
+/// one must know which answer is its own.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) struct Question {
+    pub(crate) number: u64,
+    pub(crate) ask: Ask,
+}
+
+/// An answer with the number of its question.
+#[derive(Archive, Serialize, Deserialize, Debug)]
+pub(crate) struct Reply {
+    pub(crate) number: u64,
+    pub(crate) answer: Answer,
+}
+
 /// hostd asks.
 #[derive(Archive, Serialize, Deserialize, Debug)]
 pub(crate) enum Ask {
@@ -87,7 +102,7 @@ macro_rules! coded {
         }
     )*};
 }
-coded!(Ask, Answer);
+coded!(Question, Reply);
 
 /// One end of the conversation. It must not block.
 pub(crate) type Socket = AsyncFd<OwnedFd>;

@@ -25,7 +25,7 @@ use tokio::{io::Interest, sync::watch};
 use crate::{
     limits::{LINGER, THREADS_MAX},
     link::{self, Parts},
-    message::{self, Answer, Ask, BoxId, Socket, Usage, VERSION},
+    message::{self, Answer, Ask, BoxId, Question, Reply, Socket, Usage, VERSION},
     settings::Settings,
     sync::Counters,
 };
@@ -157,13 +157,12 @@ impl Doorkeeper {
                 received = current => {
                     let answered = match received {
                         Ok((length @ 1.., fds)) => {
-                            let answer = match Ask::decode(&buffer[..length]) {
-                                Some(ask) => self.answer(ask, fds),
-                                None => Answer::Failed { why: "no question".into() },
-                            };
-                            match &connection {
-                                Some(socket) => message::send(socket, &answer.encode(), &[]).await,
-                                None => Ok(()),
+                            match (Question::decode(&buffer[..length]), &connection) {
+                                (Some(Question { number, ask }), Some(socket)) => {
+                                    let reply = Reply { number, answer: self.answer(ask, fds) };
+                                    message::send(socket, &reply.encode(), &[]).await
+                                }
+                                _ => Err(io::ErrorKind::InvalidData.into()),
                             }
                         }
                         _ => Err(io::ErrorKind::BrokenPipe.into()),
