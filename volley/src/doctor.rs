@@ -75,6 +75,7 @@ fn machine(output: Output) -> Result<(), Failure> {
         filesystem("overlay"),
         filesystem("erofs"),
         fuse(),
+        tun(),
         images(),
         io_uring(),
     ];
@@ -114,6 +115,14 @@ fn filesystem(name: &'static str) -> Check {
     let there = known.lines().any(|line| line.split_whitespace().last() == Some(name));
     let no = "the kernel does not name it; a module may bring it when it is first mounted";
     check(name, there, "the kernel has it", no)
+}
+
+fn tun() -> Check {
+    let known = fs::read_to_string("/proc/misc").unwrap_or_default();
+    let named = known.lines().any(|line| line.split_whitespace().last() == Some("tun"));
+    let there = named || Path::new("/dev/net/tun").exists();
+    let no = "launches that ask for egress fail here; the module is `tun`";
+    check("tun", there, "sandboxes may be given egress", no)
 }
 
 fn fuse() -> Check {
