@@ -274,7 +274,10 @@ impl Bed {
     }
 }
 
-fn sources(bed: &Bed, large: &Path) -> Result<Vec<(&'static str, Source, (u64, u64))>, Fault> {
+/// A name, where it comes from, its bytes and files.
+type Named = (&'static str, Source, (u64, u64));
+
+fn sources(bed: &Bed, large: &Path) -> Result<Vec<Named>, Fault> {
     let fault = |error| io_fault("the images", &error);
     let small = bed.dir.join("small");
     let sparse = bed.dir.join("sparse");

@@ -30,6 +30,8 @@ const HEAD_BYTES_MAX: usize = 4 << 20;
 pub(crate) const LEAD_BYTES: usize = 48;
 /// Bytes of the object's name in the store, at most.
 const ENTRY_BYTES_MAX: usize = 64;
+/// zstd level of parts: written once, beside a program that has its bytes already, and waited for by each host after.
+const LEVEL: i32 = 9;
 const MAGIC: &[u8; 8] = b"VLYBOT\x02\0";
 /// The object number that means the metadata.
 pub(crate) const META: u32 = u32::MAX;
@@ -103,6 +105,8 @@ pub(crate) struct Part {
 pub(crate) struct Head {
     pub(crate) parts: Vec<Part>,
     pub(crate) objects: Vec<PackObject>,
+    /// The table of the metadata's frames, where the manifest has only its hash: a round trip less. Not checked here.
+    pub(crate) table: Vec<u8>,
 }
 
 /// A list of chunk hashes, as far as a pack needs it: groups of the list, and their proof.
@@ -186,7 +190,7 @@ pub(crate) fn encode_part(units: &[(Vec<Hash>, Vec<u8>)]) -> std::io::Result<(u3
         open.extend_from_slice(bytes);
     }
     let len = u32::try_from(open.len()).map_err(std::io::Error::other)?;
-    Ok((len, zstd::bulk::compress(&open, 3)?))
+    Ok((len, zstd::bulk::compress(&open, LEVEL)?))
 }
 
 /// A pack's beginning: its lead and its head.
@@ -198,6 +202,8 @@ pub(crate) fn encode_head(
     let mut open = Vec::new();
     open.extend_from_slice(&count(head.parts.len()));
     open.extend_from_slice(&count(head.objects.len()));
+    open.extend_from_slice(&count(head.table.len()));
+    open.extend_from_slice(&head.table);
     for (object, list) in head.objects.iter().zip(lists) {
         open.extend_from_slice(&object.id);
         open.extend_from_slice(&object.size.to_le_bytes());
@@ -330,7 +336,8 @@ pub(crate) fn decode_head(
     }
     let mut cursor = Cursor(&open);
     let (part_count, object_count) = (cursor.u32()?, cursor.u32()?);
-    let mut head = Head::default();
+    let table_len = cursor.u32()? as usize;
+    let mut head = Head { table: cursor.take(table_len)?.to_vec(), ..Head::default() };
     for _ in 0..object_count {
         head.objects.push(decode_object(domain, &mut cursor)?);
     }

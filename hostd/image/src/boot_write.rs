@@ -219,7 +219,8 @@ pub(crate) async fn fill(
         wanted.add_pack(base).await?;
     }
     wanted.add_reads(image.id, reads).await?;
-    let (mut head, mut body) = (Head::default(), Vec::new());
+    let table = image.table_bytes().await?;
+    let (mut head, mut body) = (Head { table, ..Head::default() }, Vec::new());
     let mut summary = BootSummary::default();
     for spans in wanted.parts() {
         let spans = joined(spans);

@@ -3,6 +3,7 @@
 //! A read of what is on its way waits for it instead of fetching it a second time: the link is what a cold start is
 //! short of. It waits only as long as the pack makes progress. Left out: where packs come from (`push`).
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -114,8 +115,8 @@ impl Brought {
         for (node, at, len, part) in spans {
             let pieces = shelf.nodes.entry(node).or_default();
             // What another pack brought already is as good.
-            if !pieces.contains_key(&at) {
-                pieces.insert(at, Piece::Promised { len, part, progress: progress.clone() });
+            if let Entry::Vacant(place) = pieces.entry(at) {
+                place.insert(Piece::Promised { len, part, progress: progress.clone() });
                 shelf.bytes += len;
             }
         }

@@ -14,11 +14,14 @@ use crate::index::{
     ObjectRef, PACK_RECORD_BYTES, PackRef,
 };
 use crate::limits::{CHUNK_BYTES, FRAME_BYTES};
-use crate::manifest::{BlobRef, Manifest, Table};
+use crate::manifest::{BlobRef, Manifest, Table, parse_table};
 use crate::store::ImageError;
 
 /// An index up to this is fetched whole when it is first asked: one GET instead of several in a row.
 const WARM_INDEX_BYTES: u64 = 4 << 20;
+
+/// A table of metadata frames up to this is carried by boot packs: two million small files.
+const CARRIED_TABLE_BYTES_MAX: usize = 128 << 10;
 
 type Result<T> = std::result::Result<T, Arc<ImageError>>;
 
@@ -113,6 +116,34 @@ impl LazyImage {
         blob.table.get_or_try_init(fetch).await
     }
 
+    /// The table of the metadata's frames as it is stored, where that is beside the manifest, and if it is not too long to
+    /// be carried along.
+    pub(crate) async fn table_bytes(&self) -> Result<Vec<u8>> {
+        match &self.manifest.meta.table {
+            Table::Stored { table, .. } if table.bytes as usize <= CARRIED_TABLE_BYTES_MAX => {
+                let pack = &self.manifest.packs[table.pack as usize];
+                let bytes = self.frames.at().frame(pack, table).await.map_err(Arc::new)?;
+                Ok(bytes.to_vec())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Takes a table that a boot pack carried, if it is the one whose hash the manifest has.
+    pub(crate) fn adopt_table(&self, bytes: &[u8]) {
+        let Table::Stored { table, .. } = &self.manifest.meta.table else { return };
+        if self.frames.at().domain.hash(bytes) != table.hash {
+            return;
+        }
+        let packs = u32::try_from(self.manifest.packs.len()).unwrap_or(u32::MAX);
+        if let Ok(frames) = parse_table(bytes, packs, self.meta.bytes) {
+            let place =
+                |frame: FrameRef| FrameAt { pack: self.manifest.packs[frame.pack as usize], frame };
+            // Another task may have fetched it meanwhile: the same.
+            let _ = self.meta.table.set(frames.into_iter().map(place).collect());
+        }
+    }
+
     /// Lengths and hashes of the metadata's frames, in order.
     pub(crate) async fn meta_frames(&self) -> Result<Vec<(usize, Hash)>> {
         let table = self.table(&self.meta, &self.manifest.meta).await?;
@@ -161,7 +192,7 @@ impl LazyImage {
             }
             Ok(())
         };
-        self.index_is_warm.get_or_try_init(fetch).await.map(|()| ())
+        self.index_is_warm.get_or_try_init(fetch).await.copied()
     }
 
     /// A record of the index.

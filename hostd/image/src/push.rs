@@ -303,6 +303,7 @@ impl Pusher {
         done: &watch::Sender<usize>,
     ) -> Result<(), ImageError> {
         let image = self.server.open(id).await.map_err(ImageError::Shared)?;
+        image.adopt_table(&head.table);
         let of_meta = head.parts.iter().flat_map(|part| &part.spans).any(|s| s.object == META);
         let frames = if of_meta { image.meta_frames().await } else { Ok(Vec::new()) };
         let frames = Arc::new(frames.map_err(ImageError::Shared)?);

@@ -241,7 +241,7 @@ pub(crate) fn image_processes_go() {
     place.kill_spawner();
     let begun = Instant::now();
     while !place.image_holders().is_empty() {
-        assert!(begun.elapsed() < Duration::from_secs(45), "an image holder stays");
+        assert!(begun.elapsed() < Duration::from_secs(90), "an image holder stays");
         std::thread::sleep(Duration::from_millis(100));
     }
     place.start_hostd();

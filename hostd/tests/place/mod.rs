@@ -186,16 +186,18 @@ impl Place {
 
     /// Where images are stored.
     pub(crate) fn objects(&self) -> PathBuf {
-        self.fleet.dir.path().join("objects")
+        self.fleet.dir.path().join("objects/objects")
     }
 
     /// Another host's state: nothing of any image is there.
     pub(crate) fn forget_images(&mut self) {
         self.stop_hostd();
+        // Parked boxes have the mounts in their namespaces.
+        self.kill_spawner();
         let begun = Instant::now();
         let images = self.config.state.join("images");
         while !self.image_holders().is_empty() {
-            assert!(begun.elapsed() < Duration::from_secs(5), "an image holder stays");
+            assert!(begun.elapsed() < Duration::from_secs(20), "an image holder stays");
             std::thread::sleep(Duration::from_millis(20));
         }
         fs::remove_dir_all(images).unwrap();
