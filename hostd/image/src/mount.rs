@@ -2,6 +2,8 @@
 //!
 //! Callers of the same image wait for one mount. What they get is a list of directories for overlayfs, whatever stands behind
 //! them, so that the box does not know which kind of mount a host has.
+//!
+//! Longer than 500 lines: a third of it is what callers see, whose documentation is best read in one place.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;

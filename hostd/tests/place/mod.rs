@@ -1,4 +1,6 @@
 //! A place for tests of real boxes: an image of the machine's own shell, a hostd process, and what is left of it.
+//!
+//! Longer than 500 lines: one place that all tests of real boxes share.
 #![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
 
 use std::{
