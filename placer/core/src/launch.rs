@@ -163,7 +163,7 @@ impl Launch {
             self.choose(now, table, dispatch);
         }
         match self.state {
-            State::Sent { until, .. } if now >= until => self.silent(now, now, table, dispatch),
+            State::Sent { until, .. } if now >= until => self.silent(now, false, table, dispatch),
             State::Cancelling { until } if now >= until => {
                 self.state = State::CancelDue { at: now };
             }
@@ -236,8 +236,7 @@ impl Launch {
             return;
         }
         if self.asked_again > 0 {
-            let next = now + self.pace(now);
-            return self.silent(now, next, table, dispatch);
+            return self.silent(now, true, table, dispatch);
         }
         self.bad(code, table, dispatch);
         self.fault = Some(Fault::new(code, format!("host {host} cannot be reached")));
@@ -253,8 +252,7 @@ impl Launch {
         dispatch: &mut Dispatch,
     ) {
         if self.host() == Some(host) && matches!(self.state, State::Sent { .. }) {
-            let next = now + self.pace(now);
-            self.silent(now, next, table, dispatch);
+            self.silent(now, true, table, dispatch);
         }
     }
 
@@ -410,11 +408,11 @@ impl Launch {
         self.elsewhere(table, dispatch, true);
     }
 
-    /// Sent, and no answer: the same host is asked again, then it is cancelled there.
+    /// Sent, and no answer: the same host is asked again (a while later if its connection broke), then it is cancelled there.
     fn silent<W: Words>(
         &mut self,
         now: Micros,
-        next: Micros,
+        broke: bool,
         table: &CapacityTable<W>,
         dispatch: &mut Dispatch,
     ) {
@@ -428,7 +426,8 @@ impl Launch {
             && dispatch.take_retry();
         if ask {
             self.asked_again += 1;
-            self.state = State::Due { at: next, again: true };
+            let at = if broke { now + self.pace(now) } else { now };
+            self.state = State::Due { at, again: true };
         } else {
             self.state = State::CancelDue { at: now };
         }
