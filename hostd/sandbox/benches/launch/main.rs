@@ -167,7 +167,7 @@ fn latency(bench: &mut Bench, table: &mut Table) -> u64 {
         let first = bench::read_first_instruction(running.stdio.stdout.unwrap()).unwrap();
         ours.push(first - start);
         steps.push((start, running.steps, first));
-        wait_for_end(&bench.runtime, &mut bench.events);
+        wait_for_end(bench, (round as u128).to_be_bytes());
         // A pause about as long as a launch: the pool refills, the machine is half idle.
         std::thread::sleep(Duration::from_millis(2));
         if round % 10 == 0 {
@@ -220,7 +220,12 @@ fn print_steps(steps: &[(u64, Steps, u64)]) {
     }
 }
 
-pub(crate) fn wait_for_end(runtime: &tokio::runtime::Runtime, events: &mut hostd_sandbox::Events) {
-    runtime
-        .block_on(async { while !matches!(events.recv().await, Some(Event::Exited(_)) | None) {} });
+/// Waits for the end of one sandbox; that of others, such as of a bomb, is passed over.
+pub(crate) fn wait_for_end(bench: &mut Bench, id: hostd_sandbox::SandboxId) {
+    let Bench { runtime, events, .. } = bench;
+    let ended = |event: &Option<Event>| match event {
+        Some(Event::Exited(exited)) => exited.id == id,
+        other => other.is_none(),
+    };
+    runtime.block_on(async { while !ended(&events.recv().await) {} });
 }
