@@ -7,6 +7,7 @@
 //!
 //! `-- flat [real hosts] [in flight] [seconds]`: the cost of a launch with 10 to 1,000,000 hosts in the map. The real hosts are those
 //! of the map that are this placer's part (its aperture is as large as they are many); the others are there to be searched.
+//! Longer than 500 lines: one program with its own fleet, read from its figures down.
 
 #![expect(
     clippy::unwrap_used,

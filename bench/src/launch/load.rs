@@ -4,7 +4,6 @@
 //! encoded once; only its id changes.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, Barrier, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -18,13 +17,13 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use quinn::Endpoint;
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
 use wire::{Code, Fault, launch::LaunchReply};
-use wire_net::{quic, stream::LaunchLost, tls::Identity};
+use wire_net::{stream::LaunchLost, tls::Identity};
 
 use super::{
-    Achieved, Carrier, Load, Options, RolePid,
+    Achieved, Load, Options, RolePid,
     lanes::LaneLink,
     pace::Pace,
-    way::{Link, Template},
+    way::{Links, Template, connect},
 };
 use crate::{cpu::Meter, scrape};
 
@@ -65,21 +64,6 @@ pub(super) struct Own {
     pub(super) endpoint: Endpoint,
     seen: Mutex<Seen>,
     in_flight_max: usize,
-}
-
-/// Ways to placers, by carrier.
-enum Links {
-    Streams(Vec<Link>),
-    Lanes(Vec<LaneLink>),
-}
-
-impl Links {
-    const fn len(&self) -> usize {
-        match self {
-            Self::Streams(links) => links.len(),
-            Self::Lanes(links) => links.len(),
-        }
-    }
 }
 
 pub(super) struct Seen {
@@ -281,27 +265,6 @@ fn one_thread(
 /// One thread's part of a count, such that all parts add up to it.
 fn share(count: usize, threads: usize, at: usize) -> usize {
     count / threads + usize::from(at < count % threads)
-}
-
-async fn connect(options: &Options, identity: &Identity) -> Result<(Endpoint, Links), Fault> {
-    let any = match options.placers[0] {
-        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let endpoint = quic::dialer((any, 0).into(), identity)?;
-    let placers = options.placers.iter().cycle().take(options.connections_each());
-    let (mut streams, mut lanes) = (Vec::new(), Vec::new());
-    for addr in placers {
-        match options.carrier {
-            Carrier::Stream => streams.push(Link::dial(&endpoint, *addr).await?),
-            Carrier::Lane => lanes.push(LaneLink::dial(&endpoint, *addr).await?),
-        }
-    }
-    let links = match options.carrier {
-        Carrier::Stream => Links::Streams(streams),
-        Carrier::Lane => Links::Lanes(lanes),
-    };
-    Ok((endpoint, links))
 }
 
 async fn run(options: &Options, own: &Arc<Own>) -> Result<(), Fault> {

@@ -1,7 +1,7 @@
 //! What is sent and over what: the request, and connections to placers.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -15,9 +15,10 @@ use wire::{
 use wire_net::{
     quic,
     stream::{self, LaunchLost},
+    tls::Identity,
 };
 
-use super::Options;
+use super::{Carrier, Options, lanes::LaneLink};
 
 /// A request whose id is put in anew each time.
 pub(super) struct Template {
@@ -119,4 +120,44 @@ impl Link {
             *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = new;
         }
     }
+}
+
+/// Ways to placers, by carrier.
+pub(super) enum Links {
+    Streams(Vec<Link>),
+    Lanes(Vec<LaneLink>),
+}
+
+impl Links {
+    pub(super) const fn len(&self) -> usize {
+        match self {
+            Self::Streams(links) => links.len(),
+            Self::Lanes(links) => links.len(),
+        }
+    }
+}
+
+/// Dials as many ways as the load needs.
+pub(super) async fn connect(
+    options: &Options,
+    identity: &Identity,
+) -> Result<(Endpoint, Links), Fault> {
+    let any = match options.placers[0] {
+        SocketAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let endpoint = quic::dialer((any, 0).into(), identity)?;
+    let placers = options.placers.iter().cycle().take(options.connections_each());
+    let (mut streams, mut lanes) = (Vec::new(), Vec::new());
+    for addr in placers {
+        match options.carrier {
+            Carrier::Stream => streams.push(Link::dial(&endpoint, *addr).await?),
+            Carrier::Lane => lanes.push(LaneLink::dial(&endpoint, *addr).await?),
+        }
+    }
+    let links = match options.carrier {
+        Carrier::Stream => Links::Streams(streams),
+        Carrier::Lane => Links::Lanes(lanes),
+    };
+    Ok((endpoint, links))
 }
