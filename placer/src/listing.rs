@@ -116,7 +116,7 @@ impl Worker {
     }
 }
 
-async fn say_merged(sources: &mut Vec<Source>, send: &mut SendStream) -> Result<(), StreamLost> {
+async fn say_merged(sources: &mut [Source], send: &mut SendStream) -> Result<(), StreamLost> {
     let mut merge = Merge::of(sources.len());
     let (mut out, mut said) = (Vec::new(), false);
     loop {
@@ -189,10 +189,10 @@ impl Merge {
             }
             let heads = self.lists.iter().filter_map(|part| part.records.front());
             let Some(host) = heads.map(|record| record.host).min() else { return false };
-            let same = self
-                .lists
-                .iter_mut()
-                .filter_map(|part| part.records.pop_front_if(|record| record.host == host));
+            let same = self.lists.iter_mut().filter_map(|part| {
+                let first = part.records.front()?.host == host;
+                first.then(|| part.records.pop_front())?
+            });
             out.extend(same.min_by_key(|record| record.age_ms));
         }
         true

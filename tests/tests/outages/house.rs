@@ -1,7 +1,7 @@
 //! The fleet of this test: its directories, its processes, its simulated hosts, and somebody who watches the map.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt::Write as _,
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -345,13 +345,16 @@ async fn read_map(
     let head = Head::from_bytes(&bytes).unwrap();
     let mut hosts = Vec::new();
     for named in &head.pages {
-        if !pages.contains_key(&named.digest) {
-            let at = ObjectPath::from(path::page(&named.digest));
-            let read = tokio::time::timeout(patience, objects::read(store, &at));
-            let (bytes, _) = read.await.ok()?.ok()?.expect("pages before heads");
-            pages.insert(named.digest, Page::parse(&bytes, named).unwrap().hosts().collect());
-        }
-        hosts.extend_from_slice(&pages[&named.digest]);
+        let page = match pages.entry(named.digest) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let at = ObjectPath::from(path::page(&named.digest));
+                let read = tokio::time::timeout(patience, objects::read(store, &at));
+                let (bytes, _) = read.await.ok()?.ok()?.expect("pages before heads");
+                new.insert(Page::parse(&bytes, named).unwrap().hosts().collect())
+            }
+        };
+        hosts.extend_from_slice(page);
     }
     Some(Watched { version: head.version, count: head.count, hosts })
 }
