@@ -7,6 +7,7 @@
 pub mod embedded;
 mod late;
 pub mod listed;
+mod place;
 mod said;
 pub mod scylla;
 
@@ -124,7 +125,7 @@ pub async fn open_or_wait(
 ) -> Result<Arc<dyn Store>, StoreError> {
     match url.split_once("://") {
         Some(("scylla", place)) => {
-            scylla::check_place(place)?;
+            place::check(place)?;
             let place: Arc<str> = place.into();
             let open = move || {
                 let place = Arc::clone(&place);
