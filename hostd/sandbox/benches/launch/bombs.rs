@@ -1,7 +1,5 @@
 //! A neighbour's launches beside bombs of every kind (FAULTS I7): processes, memory, disk, inodes, log.
 
-#![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
-
 use hostd_sandbox::{ClaimSpec, Limits, Program, RootSpec, bench};
 
 #[allow(dead_code, unreachable_pub, reason = "tests use the rest of it")]
