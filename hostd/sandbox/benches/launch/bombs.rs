@@ -2,7 +2,6 @@
 
 use hostd_sandbox::{ClaimSpec, Limits, Program, RootSpec, bench};
 
-#[allow(dead_code, unreachable_pub, reason = "tests use the rest of it")]
 #[path = "../../tests/house/mod.rs"]
 mod house;
 
