@@ -3,6 +3,8 @@
 //! A stream opens with one call. A call that names a sandbox goes to that sandbox's host, so a placer reads
 //! just the first frame and then passes bytes both ways. What streams (attach, logs, files, ports) goes on in
 //! [`crate::frame`] frames after the answer.
+//!
+//! Longer than 500 lines: two lists, of what can be asked and of what is answered, which are read side by side.
 
 #![expect(missing_docs, reason = "rkyv's derive makes undocumented types of variants with fields")]
 

@@ -1,5 +1,6 @@
 //! The hostile program: run as root inside a real sandbox, it tries every door and says of each
 //! whether it was closed. It knows nothing of the box but what a program can find out.
+//! Longer than 500 lines: a list of doors, each a few lines.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
