@@ -21,7 +21,7 @@ use crate::{
 
 /// Bytes of the command that a record keeps: what a list shows of it.
 pub const COMMAND_BYTES_MAX: usize = 96;
-/// Bytes of all labels of a record, [`STRING_BYTES`] for each string included. Labels beyond are found by asking hosts only.
+/// Bytes of all labels of a record, `STRING_BYTES` for each string included. Labels beyond are found by asking hosts only.
 pub const LABELS_BYTES_MAX: usize = 384;
 /// Published ports that a record keeps.
 pub const PUBLISHED_MAX: usize = 3;

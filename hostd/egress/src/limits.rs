@@ -11,7 +11,7 @@ pub(crate) const MTU: usize = 65_520;
 pub(crate) const WINDOW_BYTES: usize = 2 * 65_536;
 
 /// Connections (TCP, and UDP by source and destination) of one box, unless the operator says otherwise. With
-/// [`WINDOW_BYTES`] it bounds what a box can make the worker hold: 64 MiB.
+/// `WINDOW_BYTES` it bounds what a box can make the worker hold: 64 MiB.
 pub const CONNECTIONS_DEFAULT: u32 = 256;
 
 /// What the operator may set at most: beyond it, looking through a link's sockets for each packet is what costs.
