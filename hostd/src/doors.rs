@@ -54,9 +54,12 @@ pub(crate) struct DoorsConfig {
 /// A port that is bound, with the sandbox's port that it leads to.
 type Bound = (TcpListener, u16);
 
-/// The published ports of one sandbox.
+/// The published ports of one sandbox. Most have none, and then there is nothing here.
 #[derive(Debug, Default)]
-pub(crate) struct Doors {
+pub(crate) struct Doors(Option<Box<Open>>);
+
+#[derive(Debug, Default)]
+struct Open {
     bound: Vec<Bound>,
     addresses: HashMap<u16, SocketAddr>,
     accepting: Vec<JoinHandle<()>>,
@@ -79,42 +82,46 @@ impl Doors {
     /// # Errors
     /// [`Code::Forbidden`] where the operator allows none or not this one, [`Code::Busy`] where it is taken.
     pub(crate) fn bind(config: DoorsConfig, asked: &[Publish]) -> Result<Self, Fault> {
-        let mut doors = Self::default();
+        let mut open = Open::default();
         for one in asked {
             let (listener, at) = config.bind(one)?;
-            doors.addresses.insert(at.port(), at);
-            doors.bound.push((listener, one.port));
+            open.addresses.insert(at.port(), at);
+            open.bound.push((listener, one.port));
         }
-        Ok(doors)
+        Ok(Self::of(open))
     }
 
     /// Binds again what a restart closed. What another has taken meanwhile is told and left out.
     pub(crate) fn bind_again(config: DoorsConfig, ports: &[(u16, u16)]) -> Self {
-        let mut doors = Self::default();
+        let mut open = Open::default();
         for (host_port, port) in ports {
             match config.bind(&Publish { port: *port, host_port: *host_port }) {
                 Ok((listener, at)) => {
-                    doors.addresses.insert(at.port(), at);
-                    doors.bound.push((listener, *port));
+                    open.addresses.insert(at.port(), at);
+                    open.bound.push((listener, *port));
                 }
                 Err(fault) => {
                     tracing::warn!(%fault, "a published port is closed since the restart")
                 }
             }
         }
-        doors
+        Self::of(open)
+    }
+
+    fn of(open: Open) -> Self {
+        Self((!open.bound.is_empty()).then(|| Box::new(open)))
     }
 
     /// The host's ports and the sandbox's, for the journal.
     pub(crate) fn ports(&self) -> Vec<(u16, u16)> {
         let port = |(listener, port): &Bound| Some((listener.local_addr().ok()?.port(), *port));
-        self.bound.iter().filter_map(port).collect()
+        self.0.iter().flat_map(|open| &open.bound).filter_map(port).collect()
     }
 
     /// What callers are told.
     pub(crate) fn published(&self) -> Vec<Published> {
         let one = |(host_port, port): (u16, u16)| {
-            let address = self.addresses.get(&host_port)?;
+            let address = self.0.as_ref()?.addresses.get(&host_port)?;
             Some(Published { port, address: address.to_string() })
         };
         self.ports().into_iter().filter_map(one).collect()
@@ -122,14 +129,17 @@ impl Doors {
 
     /// Bytes that the sandbox got and sent over its published ports.
     pub(crate) fn passed(&self) -> (u64, u64) {
-        (self.passed.received.get(), self.passed.sent.get())
+        let passed = |open: &Box<Open>| (open.passed.received.get(), open.passed.sent.get());
+        self.0.as_ref().map_or((0, 0), passed)
     }
 
     /// Closes them all, and what passes through them ends.
     pub(crate) fn close(&mut self) {
-        self.accepting.drain(..).for_each(|task| task.abort());
-        self.bound.clear();
-        self.over.cancel();
+        if let Some(open) = &mut self.0 {
+            open.accepting.drain(..).for_each(|task| task.abort());
+            open.bound.clear();
+            open.over.cancel();
+        }
     }
 }
 
@@ -181,9 +191,7 @@ fn listen(at: SocketAddr) -> io::Result<TcpListener> {
 /// Leads connections to a sandbox's published ports into it, until it ends.
 pub(crate) fn serve(cell: &Rc<HostCell>, note: &Rc<Note>) {
     let mut doors = note.doors.borrow_mut();
-    if doors.bound.is_empty() {
-        return;
-    }
+    let Some(doors) = &mut doors.0 else { return };
     let free = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let bound = doors.bound.len();
     for index in 0..bound {

@@ -123,7 +123,7 @@ fn network(fleet: &Fleet) {
     std::net::TcpStream::connect(at).unwrap();
     let said = fleet.run(["port", &id]);
     assert_eq!(said.assert_done(), format!("{at} leads to port 80\n"));
-    assert!(fleet.run(["ls"]).assert_done().contains(at), "ls shows it");
+    assert!(fleet.run(["ls", "--fresh"]).assert_done().contains(at), "ls shows it");
     let port = at.rsplit(':').next().unwrap();
     let taken = run(&["--publish", &format!("{port}:80")], "true");
     assert!(taken.stderr.contains("error[busy]"), "{taken:?}");

@@ -11,7 +11,7 @@ use std::{
 
 use clap::Args;
 use futures::{Stream, StreamExt as _};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use volley_client::{CallError, Event, ExecSpec, Exit, ExitWhy, Process, SandboxId, Stdin};
 use wire::{Code, call::MAIN_PROCESS};
 
@@ -144,11 +144,13 @@ pub(crate) async fn pump(
     streams: Streams,
     seen: &mut u64,
 ) -> Result<Exit, Failure> {
+    // Before anything is shown: whoever sees output may send a signal at once.
+    let signals = Signals::caught()?;
     let _raw = if streams.tty { Raw::enter()? } else { None };
     let (mut stdin, events) = process.split();
     let upstream = async {
         // The process's end is told by its events; a closed way up is no news.
-        let _ = upstream(&mut stdin, streams).await;
+        let _ = upstream(&mut stdin, streams, signals).await;
         std::future::pending::<()>().await;
     };
     tokio::select! {
@@ -197,11 +199,28 @@ fn show(out: &mut impl std::io::Write, bytes: &[u8]) -> Result<(), Failure> {
     }
 }
 
-async fn upstream(stdin: &mut Stdin, streams: Streams) -> Result<(), Failure> {
-    let listen = |kind| signal(kind).map_err(|error| Failure::io("cannot catch signals", &error));
-    let mut int = listen(SignalKind::interrupt())?;
-    let mut term = listen(SignalKind::terminate())?;
-    let mut resized = listen(SignalKind::window_change())?;
+/// Signals that are passed on.
+struct Signals {
+    int: Signal,
+    term: Signal,
+    resized: Signal,
+}
+
+impl Signals {
+    /// From here on they no longer end this program.
+    fn caught() -> Result<Self, Failure> {
+        let listen =
+            |kind| signal(kind).map_err(|error| Failure::io("cannot catch signals", &error));
+        Ok(Self {
+            int: listen(SignalKind::interrupt())?,
+            term: listen(SignalKind::terminate())?,
+            resized: listen(SignalKind::window_change())?,
+        })
+    }
+}
+
+async fn upstream(stdin: &mut Stdin, streams: Streams, signals: Signals) -> Result<(), Failure> {
+    let Signals { mut int, mut term, mut resized } = signals;
     let mut input = streams.stdin.then(terminal::input);
     loop {
         let next = async {
