@@ -11,6 +11,7 @@ use wire::{Code, Fault, LaunchId, launch::Started, limits::BUDGET_MS_MAX};
 use crate::{
     hash::Seeded,
     limits::{LAUNCHES_MAX, REFUSALS_MAX, REMEMBER_MS},
+    spread::Spread,
 };
 
 /// The first half of the BLAKE3 hash of a request's bytes: says whether two are the same.
@@ -43,7 +44,7 @@ struct Launch {
 /// The launches that a host knows.
 #[derive(Debug)]
 pub struct Launches {
-    known: HashMap<LaunchId, Launch, Seeded>,
+    known: Spread<Launch>,
     /// Ids whose time runs, in the order in which it runs out: each has the same time.
     forgetting: VecDeque<(u64, LaunchId)>,
     refused: HashMap<LaunchId, Code, Seeded>,
@@ -69,7 +70,7 @@ impl Launches {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self {
-            known: HashMap::with_hasher(Seeded::new(seed)),
+            known: Spread::new(seed),
             forgetting: VecDeque::new(),
             refused: HashMap::with_hasher(Seeded::new(seed)),
             refusals: VecDeque::new(),
@@ -185,7 +186,7 @@ impl Launches {
     /// Whether none is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
+        self.known.len() == 0
     }
 }
 
