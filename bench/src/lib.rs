@@ -15,3 +15,4 @@ pub mod map;
 pub mod pick;
 pub mod rounds;
 pub mod scrape;
+pub mod store;

@@ -129,8 +129,7 @@ impl Doors {
 
     /// Bytes that the sandbox got and sent over its published ports.
     pub(crate) fn passed(&self) -> (u64, u64) {
-        let passed = |open: &Box<Open>| (open.passed.received.get(), open.passed.sent.get());
-        self.0.as_ref().map_or((0, 0), passed)
+        self.0.as_ref().map_or((0, 0), |open| (open.passed.received.get(), open.passed.sent.get()))
     }
 
     /// Closes them all, and what passes through them ends.

@@ -48,6 +48,8 @@ enum What {
     Feed(FeedFlags),
     /// Milliseconds to build, publish and adopt a host map.
     Map(MapFlags),
+    /// Rows a second that a database takes.
+    Store(StoreFlags),
     /// Time to a program's first output in small and large images, cold and warm.
     Image(ImageFlags),
     /// Cores that a fleet takes, counted up from parts that are measured now.
@@ -122,6 +124,25 @@ struct MapFlags {
     /// Rounds.
     #[arg(long, value_name = "COUNT", default_value_t = 5)]
     rounds: usize,
+}
+
+/// Flags of `volley bench store`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  volley store init scylla://db1:9042/scratch
+  volley bench store scylla://db1:9042/scratch        made-up hosts; a keyspace with others is refused")]
+struct StoreFlags {
+    #[command(flatten)]
+    output: Output,
+    /// scylla://host:port[,host:port]/keyspace.
+    store: String,
+    /// Rows in batches a round; a fifth as many one at a time.
+    #[arg(long, value_name = "COUNT", default_value_t = 100_000, value_parser = clap::value_parser!(u32).range(5..=4_000_000))]
+    rows: u32,
+    /// Rounds; the first ones warm the engine up.
+    #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    rounds: u32,
 }
 
 /// Flags of `volley bench image`.
@@ -270,6 +291,14 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
                 ..bench::feed::Options::default()
             };
             figures(flags.output, &bench::feed::run(&options)?)?;
+        }
+        What::Store(flags) => {
+            let options = bench::store::Options {
+                store: flags.store.clone(),
+                rows: flags.rows as usize,
+                rounds: flags.rounds as usize,
+            };
+            figures(flags.output, &role::runtime()?.block_on(bench::store::run(&options))?)?;
         }
         What::Map(flags) => {
             let options = bench::map::Options {

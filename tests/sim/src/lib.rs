@@ -13,6 +13,8 @@
 //! Measured on two shared cores: `swarm` of 10,000 seeds (1 to 10,000) broke no rule in 45 million launches and 520 million
 //! events, 3.5 minutes of processor time; `scale` took 8.5 s of processor time (26 s on the wall beside other work) and 633 MiB.
 //!
+//! `tests/DESIGN.md` has the table of faults and cases.
+//!
 //! Left out: sockets, the stores' own inside, and threads. Both stores do what they promise at once and in one place; what is
 //! simulated is how questions to them fare: lost, answered to nobody, or carried out long after. Memory orderings are loom's business (`placer-core/tests/loom.rs`).
 #![forbid(unsafe_code)]
