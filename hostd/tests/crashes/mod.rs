@@ -175,7 +175,10 @@ pub(crate) fn a_killed_spawner_leaves_nothing() {
     let asked = request(1, "img", &["sleep", "555"]);
     let id = block_on(async {
         let placer = place.placer().await;
-        started(&placer, &asked).await.sandbox
+        let id = started(&placer, &asked).await.sandbox;
+        // The journal is in order: once another claim is in it, so is it that the first one runs.
+        started(&placer, &request(9, "img", &["true"])).await;
+        id
     });
     place.kill_hostd();
     place.kill_spawner();
