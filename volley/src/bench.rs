@@ -3,6 +3,7 @@
 //! A bench makes a fleet of its own in a scratch directory, so that nobody's state colours it, measures, prints figure and
 //! ceiling of the same run, and takes the fleet down; with `--running` it measures the fleet of the client file.
 //! What is measured and how is in the crate `bench`. Left out: judging figures; the SPEC does.
+//! Longer than 500 lines: most of it is the flags of eight benches.
 
 use std::{
     fmt::Display,
