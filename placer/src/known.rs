@@ -8,7 +8,7 @@
 use std::{
     cell::RefCell,
     collections::{VecDeque, hash_map::RandomState},
-    hash::{BuildHasher, Hasher},
+    hash::BuildHasher,
     sync::Arc,
 };
 
@@ -16,6 +16,7 @@ use dashmap::{DashMap, Entry};
 use tokio::sync::oneshot;
 use wire::{
     HostId, LaunchId,
+    hash::Seeded,
     launch::{LaunchReply, Started},
 };
 
@@ -83,7 +84,7 @@ pub(crate) enum Left {
 /// All threads' launches by id.
 #[derive(Debug)]
 pub(crate) struct Known {
-    launches: DashMap<LaunchId, Launch, IdHash>,
+    launches: DashMap<LaunchId, Launch, Seeded>,
     /// For names and bodies, which strangers choose at any length.
     names: RandomState,
 }
@@ -92,38 +93,7 @@ impl Default for Known {
     fn default() -> Self {
         let names = RandomState::new();
         let seed = names.hash_one("ids");
-        Self { launches: DashMap::with_hasher(IdHash { state: seed }), names }
-    }
-}
-
-/// Hashes ids under a secret: strangers draw them, and must not be able to pile them up. Each half is multiplied into 128 bits and
-/// folded, as wyhash does; quicker than the standard hash, which is asked three times a launch.
-#[derive(Clone, Copy, Debug)]
-struct IdHash {
-    state: u64,
-}
-
-impl BuildHasher for IdHash {
-    type Hasher = Self;
-    fn build_hasher(&self) -> Self {
-        *self
-    }
-}
-
-impl Hasher for IdHash {
-    fn finish(&self) -> u64 {
-        self.state
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "both halves of the product are used")]
-    fn write(&mut self, bytes: &[u8]) {
-        for chunk in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..chunk.len()].copy_from_slice(chunk);
-            let product = u128::from(self.state ^ u64::from_le_bytes(word) ^ 0x9e37_79b9_7f4a_7c15)
-                * u128::from(self.state.rotate_left(32) ^ 0xd6e8_feb8_6659_fd93);
-            self.state = (product as u64) ^ ((product >> 64) as u64);
-        }
+        Self { launches: DashMap::with_hasher(Seeded::new(seed)), names }
     }
 }
 

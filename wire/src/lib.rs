@@ -20,6 +20,7 @@ pub mod datagram;
 pub mod fault;
 pub mod feed;
 pub mod frame;
+pub mod hash;
 pub mod heartbeat;
 pub mod id;
 pub mod launch;

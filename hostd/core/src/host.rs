@@ -13,13 +13,13 @@ use std::{
 use wire::{
     Code, Fault, HostId, Incarnation, LaunchId, SandboxId, Seq, ShapeId,
     call::{Exit, ExitWhy, State},
+    hash::Seeded,
     launch::{Refused, Started, Steps},
     limits::SHAPES_MAX,
 };
 
 use crate::{
     admission::{Admission, Resources},
-    hash::Seeded,
     launches::{BodyHash, Fate, Known, Launches},
     limits::{ENDED_MAX, ENDED_MS, LAPSE_GRACE_MS},
     records::Untold,

@@ -6,10 +6,9 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use wire::{Code, Fault, LaunchId, launch::Started, limits::BUDGET_MS_MAX};
+use wire::{Code, Fault, LaunchId, hash::Seeded, launch::Started, limits::BUDGET_MS_MAX};
 
 use crate::{
-    hash::Seeded,
     limits::{LAUNCHES_MAX, REFUSALS_MAX, REMEMBER_MS},
     spread::Spread,
 };

@@ -11,7 +11,6 @@
 pub mod admission;
 mod again;
 pub mod beat;
-pub mod hash;
 pub mod host;
 pub mod launches;
 pub mod limits;

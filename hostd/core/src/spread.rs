@@ -6,9 +6,7 @@
 
 use std::{collections::HashMap, hash::BuildHasher};
 
-use wire::LaunchId;
-
-use crate::hash::Seeded;
+use wire::{LaunchId, hash::Seeded};
 
 /// Tables. With 64 of them a move takes a sixty-fourth of the time, and they come one after another.
 const PARTS: u64 = 64;

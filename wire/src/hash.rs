@@ -4,7 +4,7 @@
 //! seed is given by the caller (a core draws none) and is secret. Each word is multiplied into 128 bits and
 //! folded, as wyhash does.
 
-use std::hash::{BuildHasher, Hasher};
+use core::hash::{BuildHasher, Hasher};
 
 /// Makes [`FoldHasher`]s of one seed.
 #[derive(Clone, Copy, Debug)]
