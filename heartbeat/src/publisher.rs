@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use heartbeat_core::{
     leader::{LEASE_MS, Leader, Put, Want},
     map::{Built, MapBuilder, NewPage},
@@ -42,8 +42,8 @@ const KEEP_PAGES_MS: u64 = 600_000;
 /// For so long after its start an aggregator publishes no map that has lost more of its hosts than the brake allows: its
 /// store may be new or empty while the fleet is not. By then every host that lives has spoken several times.
 const SETTLE_MS: u64 = DEAD_AFTER_INTERVALS * HEARTBEAT_INTERVAL_MS;
-/// Pages on their way at once.
-const PUTS: usize = 16;
+/// Pages on their way at once, to the object store or from it.
+const PAGES: usize = 16;
 
 /// Figures that other tasks read.
 #[derive(Debug, Default)]
@@ -190,12 +190,12 @@ impl Publisher {
     /// read once, and all rows of the store. Nothing is published before, however long the store is away.
     async fn look(&self, known: &mut Known) -> Duration {
         if known.listed != known.leader.version() {
-            for named in &known.pages {
-                if let Err(error) = self.take_page(named).await {
-                    tracing::warn!(%error, "a page of the map was not read; nothing is published yet");
-                    self.figures.failed.fetch_add(1, Ordering::Relaxed);
-                    return Duration::from_millis(500);
-                }
+            let pages = known.pages.clone();
+            let reads = stream::iter(pages).map(|named| self.take_page(named));
+            if let Err(error) = reads.buffer_unordered(PAGES).try_collect::<()>().await {
+                tracing::warn!(%error, "a page of the map was not read; nothing is published yet");
+                self.figures.failed.fetch_add(1, Ordering::Relaxed);
+                return Duration::from_millis(500);
             }
             known.listed = known.leader.version();
         }
@@ -206,7 +206,7 @@ impl Publisher {
         Duration::from_millis(20)
     }
 
-    async fn take_page(&self, named: &PageRef) -> Result<(), objects::object_store::Error> {
+    async fn take_page(&self, named: PageRef) -> Result<(), objects::object_store::Error> {
         let at = Path::from(path::page(&named.digest));
         let bytes = match self.objects.get(&at).await {
             Ok(found) => found.bytes().await?,
@@ -217,7 +217,7 @@ impl Publisher {
             }
             Err(error) => return Err(error),
         };
-        match Page::parse(&bytes, named) {
+        match Page::parse(&bytes, &named) {
             Ok(page) => self.shards.list(page.hosts()).await,
             Err(error) => {
                 tracing::error!(page = %at, %error, "a page that the map names is broken")
@@ -276,7 +276,7 @@ impl Publisher {
         let began = Instant::now();
         let names: BTreeSet<Digest> = built.pages.iter().map(|page| page.digest).collect();
         known.retired.retain(|digest, _| !names.contains(digest));
-        let puts = stream::iter(built.new).map(|page| self.put_page(page)).buffer_unordered(PUTS);
+        let puts = stream::iter(built.new).map(|page| self.put_page(page)).buffer_unordered(PAGES);
         let puts: Vec<Result<(), _>> = puts.collect().await;
         let failed = puts.iter().filter(|put| put.is_err()).count();
         if let Some(Err(error)) = puts.iter().find(|put| put.is_err()) {
@@ -343,7 +343,7 @@ impl Publisher {
             .iter()
             .filter(|&(_, &since_ms)| since_ms + KEEP_PAGES_MS <= now_ms)
             .map(|(digest, _)| *digest)
-            .take(PUTS)
+            .take(PAGES)
             .collect();
         for digest in old {
             // One that stays costs 48 KiB and nothing else.
