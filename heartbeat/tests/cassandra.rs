@@ -8,29 +8,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fleet::{Fleet, engines::cassandra::Cassandra, published, until};
+use fleet::{Fleet, engines::cassandra::Cassandra, published, row, until};
 use futures::{FutureExt as _, StreamExt as _, stream};
 use heartbeat::store::{Store, StoreError, scylla::ScyllaStore};
 use heartbeat_core::{Drain, Row, shard::upkeep::Silent, shard::writes::Batch};
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
 use wire::{CapacityWord, HostId, Incarnation, Seq};
-
-fn row(host: HostId, seq: u64) -> Row {
-    Row {
-        host,
-        incarnation: Incarnation(1),
-        seq: Seq(seq),
-        revision: 0,
-        ip: [7; 16],
-        port: 9,
-        word: CapacityWord(seq),
-        total: [1, 2, 3, 4],
-        running: 5,
-        interval_ms: 15_000,
-        says_draining: false,
-        no_boxes: true,
-    }
-}
 
 fn rows(count: usize, seed: u64, seq: u64) -> Vec<Row> {
     let mut rng = SmallRng::seed_from_u64(seed);

@@ -16,7 +16,7 @@ use fleet::{
     Fleet,
     cql::{self, Fate},
     engines::cassandra::Cassandra,
-    published, until,
+    published, row, until,
 };
 use futures::{StreamExt as _, stream};
 use heartbeat::store::{Store, StoreError, scylla::ScyllaStore};
@@ -24,7 +24,7 @@ use heartbeat_core::{
     Row,
     shard::{upkeep::Silent, writes::Batch},
 };
-use wire::{CapacityWord, HostId, Incarnation, Seq};
+use wire::{HostId, Seq};
 
 /// What happens on the way now, for tests to change; and batches that were seen.
 #[derive(Default)]
@@ -169,23 +169,6 @@ async fn scan(store: &ScyllaStore) -> Vec<Row> {
     all
 }
 
-fn row(host: u64, seq: u64) -> Row {
-    Row {
-        host: HostId(host),
-        incarnation: Incarnation(1),
-        seq: Seq(seq),
-        revision: 0,
-        ip: [7; 16],
-        port: 9,
-        word: CapacityWord(seq),
-        total: [1, 2, 3, 4],
-        running: 5,
-        interval_ms: 15_000,
-        says_draining: false,
-        no_boxes: true,
-    }
-}
-
 async fn write(store: &ScyllaStore, rows: impl Iterator<Item = Row>) {
     let mut rows: Vec<Row> = rows.collect();
     rows.sort_by_key(|row| row.host);
@@ -226,9 +209,9 @@ async fn rewrites_and_removals_leave_a_scan_as_fast_as_it_was() {
     let id = |host: u64| ((host % 200) << 52) | host;
     let mut first = 0;
     // Twice, so that the engine is warm when the first scans are timed.
-    write(&store, (first..first + HOSTS).map(|host| row(id(host), 1))).await;
+    write(&store, (first..first + HOSTS).map(|host| row(HostId(id(host)), 1))).await;
     let _ = scan_time(&store, usize::try_from(HOSTS).unwrap()).await;
-    write(&store, (first..first + HOSTS).map(|host| row(id(host), 2))).await;
+    write(&store, (first..first + HOSTS).map(|host| row(HostId(id(host)), 2))).await;
     let before = scan_time(&store, usize::try_from(HOSTS).unwrap()).await;
     let began = Instant::now();
     let mut removed = 0;
@@ -242,7 +225,7 @@ async fn rewrites_and_removals_leave_a_scan_as_fast_as_it_was() {
             removed += gone.len();
             first += HOSTS / 20;
         }
-        write(&store, (first..first + HOSTS).map(|host| row(id(host), round))).await;
+        write(&store, (first..first + HOSTS).map(|host| row(HostId(id(host)), round))).await;
     }
     println!(
         "{} rows rewritten and {removed} removed in {:.0} s",

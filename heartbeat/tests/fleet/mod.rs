@@ -18,9 +18,10 @@ use heartbeat::{
     Config, Running,
     fleet_sender::{FleetSender, Plan},
 };
+use heartbeat_core::Row;
 use tokio_util::sync::CancellationToken;
 use wire::{
-    Fault, HostId,
+    CapacityWord, Fault, HostId, Incarnation, Seq,
     call::HostRecord,
     map::{Head, HostAddr, Page, path},
 };
@@ -128,5 +129,23 @@ pub(crate) async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>
         }
         assert!(began.elapsed() < Duration::from_secs(60), "not within a minute: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A row as the database tests write it.
+pub(crate) fn row(host: HostId, seq: u64) -> Row {
+    Row {
+        host,
+        incarnation: Incarnation(1),
+        seq: Seq(seq),
+        revision: 0,
+        ip: [7; 16],
+        port: 9,
+        word: CapacityWord(seq),
+        total: [1, 2, 3, 4],
+        running: 5,
+        interval_ms: 15_000,
+        says_draining: false,
+        no_boxes: true,
     }
 }
