@@ -45,6 +45,7 @@ fn main() {
         ("spawner_killed_at_any_moment", spawner_killed_at_any_moment),
         ("many_outlive_hostd", many_outlive_hostd),
         ("full_is_refused_and_freed", full_is_refused_and_freed),
+        ("boxes_that_nobody_waits_for_go", boxes_that_nobody_waits_for_go),
         ("a_spawner_left_alone_ends", a_spawner_left_alone_ends),
     ]);
 }
@@ -281,7 +282,7 @@ fn two_hundred_claims_leave_all_flat() {
     };
     let pid = place.spawner.pid();
     place.shell("exit 0");
-    settle(&place, 4);
+    settle(&place.spawner, &place.config);
     let before = look(pid);
     let pages = || {
         let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
@@ -292,7 +293,7 @@ fn two_hundred_claims_leave_all_flat() {
         let line = if round % 2 == 0 { "exit 0" } else { "no-such-thing; (sleep 100 &); exit 1" };
         place.shell(line);
     }
-    settle(&place, 4);
+    settle(&place.spawner, &place.config);
     let after = look(pid);
     assert_eq!((after.1, after.2, after.3), (before.1, before.2, before.3));
     // Up to 16 spare network namespaces are kept.
@@ -448,7 +449,7 @@ fn killed_at_any_moment() {
         }
     }
     println!("{ran} ran, {failed} were killed before");
-    settle(&place, 2);
+    settle(&place.spawner, &place.config);
     assert_eq!(wait(place.spawner.running()).unwrap(), (vec![], vec![]));
 }
 
@@ -485,12 +486,13 @@ fn spawner_killed_at_any_moment() {
     }
 }
 
-/// Waits until the pool is full and nothing runs.
-fn settle(place: &house::Place, parked: u32) {
+/// Waits until the pool holds what its shape asks for, not one box more, and nothing runs.
+fn settle(spawner: &Spawner, config: &Config) {
+    let parked = config.shapes[0].parked;
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     loop {
-        let pool = wait(place.spawner.pool()).unwrap();
-        let left = place.config.slots - parked;
+        let pool = wait(spawner.pool()).unwrap();
+        let left = config.slots - parked;
         if (pool[0].parked, pool[0].running, pool[0].slots_left) == (parked, 0, left) {
             break;
         }
@@ -558,6 +560,26 @@ fn full_is_refused_and_freed() {
     wait(spawner.kill([1; 16])).unwrap();
     while !matches!(wait(events.recv()).unwrap(), Event::Exited(e) if e.id == [1; 16]) {}
     wait(spawner.claim(spec(root.path(), 3, "sleep 1000"))).unwrap();
+    wait(spawner.shutdown(true)).unwrap();
+    assert_clean(&config, spawner.pid());
+}
+
+/// Claims that have run out of time leave boxes made for them. These go again, or the slots of all shapes would.
+fn boxes_that_nobody_waits_for_go() {
+    let (root, dir) = (house::root(), tempfile::tempdir().unwrap());
+    let config = Config { claim_wait_ms: 20, slots: 48, ..config(dir.path()) };
+    let Joined { spawner, .. } = Spawner::connect_or_start(&config).unwrap();
+    let claims = (1..=40).map(|id| {
+        let (spawner, spec) = (spawner.clone(), spec(root.path(), id, "sleep 1000"));
+        std::thread::spawn(move || (id, spawner.claim_blocking(spec)))
+    });
+    for claim in claims.collect::<Vec<_>>() {
+        match claim.join().unwrap() {
+            (id, Ok(_)) => wait(spawner.kill([id; 16])).unwrap(),
+            (_, Err(e)) => assert_eq!(e, Refusal::NoBox { shape: "small".into() }.into()),
+        }
+    }
+    settle(&spawner, &config);
     wait(spawner.shutdown(true)).unwrap();
     assert_clean(&config, spawner.pid());
 }

@@ -79,16 +79,31 @@ impl Spawning {
         // A box that is being made takes the core of one that is being launched: while one is, only
         // the emptier half of a pool is filled.
         let lack = |shape: usize| {
-            let name = &self.config.shapes[shape].name;
-            let waiting = self.waiting.iter().filter(|w| w.claim.shape == *name).count();
-            let parked = match self.retired.contains(&shape) {
-                true => 0,
-                false => self.config.shapes[shape].parked as usize,
-            };
-            let target = waiting + if launching { parked / 2 } else { parked };
+            let parked =
+                if launching { self.parked_wanted(shape) / 2 } else { self.parked_wanted(shape) };
+            let target = self.waiting_for(shape) + parked;
             target.saturating_sub(self.tally.count(shape, &[State::Preparing, State::Parked]))
         };
         (0..self.config.shapes.len()).filter(|s| lack(*s) > 0).max_by_key(|s| lack(*s))
+    }
+
+    fn waiting_for(&self, shape: usize) -> usize {
+        let name = &self.config.shapes[shape].name;
+        self.waiting.iter().filter(|w| w.claim.shape == *name).count()
+    }
+
+    fn parked_wanted(&self, shape: usize) -> usize {
+        if self.retired.contains(&shape) { 0 } else { self.config.shapes[shape].parked as usize }
+    }
+
+    /// A parked box that nobody waits for any more: its claim was killed or ran out of time. Left alone, such boxes
+    /// could take every slot from the other shapes.
+    fn surplus(&self) -> Option<u32> {
+        (0..self.config.shapes.len()).find_map(|shape| {
+            let wanted = self.waiting_for(shape) + self.parked_wanted(shape);
+            let is_over = self.tally.count(shape, &[State::Parked]) > wanted;
+            is_over.then(|| self.tally.ready(shape, false)).flatten()
+        })
     }
 
     /// Whether the next box should make a network namespace of its own: claims that want one wait for it, and a few are
@@ -97,11 +112,14 @@ impl Spawning {
         let name = &self.config.shapes[shape].name;
         let wanted = |w: &&super::Waiting| w.claim.network.is_some() && w.claim.shape == *name;
         let waiting = self.waiting.iter().filter(wanted).count();
-        let kept = OWN_NETWORKS.min(self.config.shapes[shape].parked as usize / 4);
+        let kept = OWN_NETWORKS.min(self.parked_wanted(shape) / 4);
         self.tally.own_networks(shape) < waiting + kept
     }
 
     pub(super) fn refill_due(&self, now: Instant) -> Option<Duration> {
+        if self.surplus().is_some() {
+            return Some(Duration::ZERO);
+        }
         let launching = self.tally.total(State::Starting) > 0;
         let quiet = self.refill.quiet_for(now);
         let held =
@@ -113,9 +131,12 @@ impl Spawning {
         Some(held.max(quiet))
     }
 
-    /// Makes at most one box.
+    /// Makes at most one box, or takes one away that is too many.
     pub(super) fn refill(&mut self) {
         let now = Instant::now();
+        if let Some(built) = self.surplus().and_then(|slot| self.boxes.get_mut(&slot)) {
+            return built.kill();
+        }
         if self.refill.not_before.is_some_and(|t| t > now) {
             return;
         }
