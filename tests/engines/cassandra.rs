@@ -30,7 +30,9 @@ struct Place {
 impl Drop for Cassandra {
     fn drop(&mut self) {
         // A stopped process does not end before it goes on; one that has ended gets no signal.
-        let _ = self.send("CONT");
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.send("CONT");
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

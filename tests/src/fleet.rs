@@ -74,6 +74,15 @@ impl Fleet {
     /// If it does not come up, with all that it said.
     #[must_use]
     pub fn up(flags: &[&str]) -> Self {
+        Self::up_with(flags, &[])
+    }
+
+    /// As [`Fleet::up`], with variables in the environment of its roles: `VOLLEY_<ROLE>_<KEY>`.
+    ///
+    /// # Panics
+    /// If it does not come up, with all that it said.
+    #[must_use]
+    pub fn up_with(flags: &[&str], variables: &[(&str, &str)]) -> Self {
         let scratch = tempfile::tempdir().expect("a scratch directory");
         let state = scratch.path().join("dev");
         let mut dev = Command::new(volley())
@@ -81,6 +90,7 @@ impl Fleet {
             .arg("--state")
             .arg(&state)
             .args(flags)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
