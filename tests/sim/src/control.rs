@@ -92,6 +92,9 @@ pub struct Aggregator {
     publishing: bool,
     scanning: bool,
     looked_ms: u64,
+    /// Whether it led when it last looked, and how many turns to scan it has let pass since its last scan.
+    led: bool,
+    passed: u32,
     questions: Vec<Question>,
 }
 
@@ -131,6 +134,8 @@ impl Aggregator {
             publishing: false,
             scanning: false,
             looked_ms: 0,
+            led: false,
+            passed: 0,
             questions: Vec::new(),
         }
     }
@@ -221,6 +226,7 @@ impl Aggregator {
         self.act(now, acts, noted);
         self.write(now);
         self.publish(now);
+        self.scan_on_change(now);
         let mut said = Vec::new();
         loop {
             let mut words = Vec::new();
@@ -248,18 +254,34 @@ impl Aggregator {
         }
     }
 
+    /// Its turn to scan: who does not lead takes one of four.
+    pub fn scan_turn(&mut self, now: Micros) {
+        self.passed += 1;
+        if self.leads(now) || self.passed == 4 {
+            self.scan(now);
+        }
+    }
+
     /// The slow scan begins; it judges when the rows are there.
-    pub fn scan(&mut self, now: Micros) {
+    fn scan(&mut self, now: Micros) {
         if !self.scanning {
             self.scanning = true;
+            self.passed = 0;
             self.ask(now, Ask::Scan);
         }
     }
 
-    /// Whether it holds the lease: who does not scans a quarter as often.
-    #[must_use]
-    pub fn leads(&self, now: Micros) -> bool {
+    fn leads(&self, now: Micros) -> bool {
         self.leader.leads(self.ms(now))
+    }
+
+    /// Who has come to lead, or no longer does, scans at once.
+    fn scan_on_change(&mut self, now: Micros) {
+        let leads = self.leads(now);
+        if leads != self.led && !self.scanning {
+            self.led = leads;
+            self.scan(now);
+        }
     }
 
     fn judge(&mut self, now: Micros, noted: &mut Noted) {

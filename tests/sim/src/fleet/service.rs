@@ -68,11 +68,10 @@ impl World {
     pub(super) fn scan(&mut self, aggregator: usize) {
         let now = self.queue.now();
         if self.service[aggregator].awake() {
-            self.service[aggregator].scan(now);
+            self.service[aggregator].scan_turn(now);
             self.put_questions(aggregator);
         }
-        let times = if self.service[aggregator].leads(now) { 1 } else { 4 };
-        self.queue.put(now + times * self.options.scan_ms * 1_000, Event::Scan(aggregator));
+        self.queue.put(now + self.options.scan_ms * 1_000, Event::Scan(aggregator));
     }
 
     /// Sends what an aggregator asks: it arrives and is answered, or one of the two is lost, or it arrives when nobody
