@@ -74,6 +74,8 @@ impl Wait {
 struct Shelf {
     nodes: HashMap<u64, BTreeMap<u64, Piece>>,
     bytes: usize,
+    /// The pack that was promised last: its last part, and how far it is.
+    coming: Option<(usize, watch::Receiver<usize>)>,
 }
 
 impl Shelf {
@@ -112,6 +114,8 @@ impl Brought {
         if shelf.bytes + all > BROUGHT_BYTES_MAX {
             return false;
         }
+        let last = spans.clone().map(|(_, _, _, part)| part).max();
+        shelf.coming = last.map(|last| (last, progress.clone()));
         for (node, at, len, part) in spans {
             let pieces = shelf.nodes.entry(node).or_default();
             // What another pack brought already is as good.
@@ -139,7 +143,7 @@ impl Brought {
         pieces.for_each(|(node, at)| shelf.remove(node, at));
     }
 
-    /// The first part that brings anything of a node, if one does: with it comes the node's size.
+    /// The first part on its way that brings anything of a node, if one does: with it comes the node's size.
     pub(crate) fn first_of(&self, node: u64) -> Option<Wait> {
         let shelf = self.lock();
         let pieces = shelf.nodes.get(&node)?.values();
@@ -149,6 +153,14 @@ impl Brought {
         });
         let (part, progress) = promised.min_by_key(|(part, _)| **part)?;
         Some(Wait { part: *part, progress: progress.clone() })
+    }
+
+    /// The last part of the pack that was promised last, if that is still on its way.
+    pub(crate) fn last(&self) -> Option<Wait> {
+        let shelf = self.lock();
+        let (last, progress) = shelf.coming.as_ref()?;
+        let comes = *progress.borrow() <= *last && progress.has_changed().is_ok();
+        comes.then(|| Wait { part: *last, progress: progress.clone() })
     }
 
     /// How the bytes from `at` up to `end` can be answered, in order.

@@ -20,6 +20,8 @@ use object_store::{
 
 /// Bytes that go over the link at a time.
 const TURN_BYTES: usize = 64 << 10;
+/// How far a link goes on ahead of a reader that does not come: a socket's buffer, in time.
+const BUFFERED: Duration = Duration::from_millis(20);
 
 /// A store behind a slow link that may fail.
 #[derive(Debug)]
@@ -102,18 +104,30 @@ impl FarStore {
     }
 }
 
-/// Waits for a part's turn on the link.
-async fn take_turn(link: Arc<Mutex<Instant>>, bytes: usize, bytes_per_second: u64) {
+/// Waits for a part's turn on the link, and gives the time at which it was through.
+///
+/// `ready` is when the part could go: the end of the one before it. Timers wake late, by a millisecond and more; a link does
+/// not stand still meanwhile, and what came through waits in the receiver's buffer.
+async fn take_turn(
+    link: Arc<Mutex<Instant>>,
+    bytes: usize,
+    bytes_per_second: u64,
+    ready: Instant,
+) -> Instant {
     if bytes_per_second == 0 {
-        return;
+        return ready;
     }
     let takes = Duration::from_secs_f64(bytes as f64 / bytes_per_second as f64);
     let done = {
         let mut free = link.lock().unwrap_or_else(PoisonError::into_inner);
-        *free = (*free).max(Instant::now()) + takes;
+        *free = (*free).max(ready) + takes;
         *free
     };
-    tokio::time::sleep_until(done.into()).await;
+    // One that is through already needs no timer.
+    if done > Instant::now() {
+        tokio::time::sleep_until(done.into()).await;
+    }
+    done
 }
 
 impl fmt::Display for FarStore {
@@ -143,7 +157,11 @@ impl ObjectStore for FarStore {
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
         self.gets.fetch_add(1, Ordering::Relaxed);
-        tokio::time::sleep(Duration::from_micros(self.latency_us.load(Ordering::Relaxed))).await;
+        let latency = Duration::from_micros(self.latency_us.load(Ordering::Relaxed));
+        let ready = Instant::now() + latency;
+        if !latency.is_zero() {
+            tokio::time::sleep_until(ready.into()).await;
+        }
         if let Some(error) = self.broken(at) {
             return Err(error);
         }
@@ -160,12 +178,15 @@ impl ObjectStore for FarStore {
             .collect();
         let stalls = self.stalls_boot.load(Ordering::Relaxed) && at.as_ref().starts_with("boot/");
         let (link, counted) = (self.link.clone(), self.bytes.clone());
-        let stream = futures::stream::iter(parts).then(move |part| {
+        let begun = (parts.into_iter(), ready);
+        let stream = futures::stream::unfold(begun, move |(mut parts, ready)| {
             let (link, counted) = (link.clone(), counted.clone());
             async move {
-                take_turn(link, part.len(), rate).await;
+                let part = parts.next()?;
+                let earliest = Instant::now().checked_sub(BUFFERED).unwrap_or(ready);
+                let ready = take_turn(link, part.len(), rate, ready.max(earliest)).await;
                 counted.fetch_add(part.len() as u64, Ordering::Relaxed);
-                Ok(part)
+                Some((Ok(part), (parts, ready)))
             }
         });
         let stream = if stalls {

@@ -14,6 +14,9 @@ pub(crate) const REQUEST_BYTES_MAX: usize = 128 << 10;
 /// Reads that the kernel sends ahead of need, at most.
 const BACKGROUND_MAX: u16 = 256;
 
+/// A file's flag, as a read carries it.
+const O_DIRECT: u32 = libc::O_DIRECT.cast_unsigned();
+
 const ASYNC_READ: u64 = 1;
 const NO_OPEN_SUPPORT: u64 = 1 << 17;
 const PARALLEL_DIROPS: u64 = 1 << 18;
@@ -42,6 +45,8 @@ pub(crate) enum Ask {
     Read {
         at: u64,
         len: u32,
+        /// By `O_DIRECT`: past the page cache, and never ahead of need.
+        direct: bool,
     },
     ReadDir,
     StatFs,
@@ -102,7 +107,11 @@ impl Request {
             1 => Ask::Lookup(body.strip_suffix(&[0])?.to_vec()),
             2 => Ask::Forget,
             3 => Ask::GetAttr,
-            15 => Ask::Read { at: u64_at(body, 8)?, len: u32_at(body, 16)? },
+            15 => Ask::Read {
+                at: u64_at(body, 8)?,
+                len: u32_at(body, 16)?,
+                direct: u32_at(body, 32).is_some_and(|flags| flags & O_DIRECT != 0),
+            },
             17 => Ask::StatFs,
             26 => Ask::Init {
                 minor: u32_at(body, 4)?,

@@ -4,6 +4,7 @@
 //! an object index and a manifest. [`Mounter`] gives what a sandbox's root is composed of. DESIGN.md beside this crate
 //! has the format in tables. Left out: which store (any [`object_store::ObjectStore`]), and the box that gets the root.
 
+mod ahead;
 mod apply;
 mod boot;
 mod boot_write;

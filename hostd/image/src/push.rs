@@ -26,7 +26,7 @@ use crate::boot::{
 };
 use crate::boot_write;
 use crate::brought::PATIENCE;
-use crate::device::{Device, READAHEAD_KIB};
+use crate::device::Device;
 use crate::index::Damaged;
 use crate::lazy_host::DEFAULT_ENTRY;
 use crate::manifest::ImageConfig;
@@ -47,9 +47,6 @@ const WATCHED_MAX: usize = 4;
 const MISSED_PART: usize = 10;
 /// Bytes that nobody makes a pack for.
 const MISSED_BYTES_MIN: usize = 64 << 10;
-/// What the kernel reads ahead while a first run is watched, in KiB: what it reads around a page fault would all be taken
-/// for needed, and would be fetched beside the pack that has what is.
-const FIRST_READAHEAD_KIB: u32 = 64;
 /// Boot packs of one image: commands with ever new arguments must not fill the store.
 const ENTRIES_MAX: usize = 16;
 
@@ -157,7 +154,6 @@ impl Pusher {
         let key = (run.image.clone(), run.entry.clone());
         let mut ended = None;
         if run.cold {
-            self.read_ahead(FIRST_READAHEAD_KIB);
             let mut watched = self.watched();
             if watched.len() < WATCHED_MAX && !watched.contains_key(&key) {
                 let (end, when_ended) = oneshot::channel();
@@ -181,25 +177,12 @@ impl Pusher {
         };
         let Some((recording, when_ended)) = ended else { return };
         let _ = tokio::time::timeout(WATCHED, when_ended).await;
-        let nobody_else = {
-            let mut watched = self.watched();
-            watched.remove(&key);
-            watched.is_empty()
-        };
-        if nobody_else {
-            self.read_ahead(READAHEAD_KIB);
-        }
+        self.watched().remove(&key);
         let recorder = self.server.recorded(recording).unwrap_or_default();
         if let Err(error) = self.settle(id, &run, had, recorder).await {
             tracing::warn!(%error, image = %id, entry = run.entry, "no boot pack was written");
         }
         count(&self.server.frames.counters.first_runs);
-    }
-
-    fn read_ahead(&self, kib: u32) {
-        if let Err(error) = crate::device::set_readahead(&self.fuse, kib) {
-            tracing::debug!(%error, "readahead stays as it is");
-        }
     }
 
     /// The pack of a run's entry; of a cold run whose entry has none, the image's.
@@ -245,6 +228,7 @@ impl Pusher {
         self.runtime.spawn(async move {
             for len in lens {
                 let part = rest.take(len).await;
+                tracing::trace!(len, "part of a boot pack is here");
                 let failed = part.is_err();
                 if sender.send(part).await.is_err() || failed {
                     return;
@@ -344,6 +328,7 @@ impl Pusher {
                 self.server.brought.keep(node, span.at, bytes.clone());
             }
             done.send_replace(nth + 1);
+            tracing::trace!(nth, "part of a boot pack is proven");
             let _ = sender.send(spans);
         }
         Ok(())

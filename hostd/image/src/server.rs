@@ -6,21 +6,26 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 use wire::ImageId;
 
+use crate::ahead::Refusals;
 use crate::boot::Recorder;
-use crate::brought::{Brought, Cover};
+use crate::brought::{Brought, Cover, Wait};
 use crate::frames::Frames;
 use crate::fuse_wire::{Answer, Ask, Attr, Request};
 use crate::id::{Hash, from_hex, hash_from_hex};
 use crate::lazy::{LazyImage, LazyObject};
 use crate::metrics::{ImageMetrics, count, count_bytes};
 use crate::node::{ImageKey, Node, ObjectKey};
+use crate::proof::GROUP;
 use crate::store::ImageError;
+
+/// How long a read that is most likely nobody's waits for a pack to be through: about what a GET takes.
+const HOLE_WAITS: Duration = Duration::from_millis(50);
 
 /// An image that may be asked for.
 struct Slot {
@@ -39,6 +44,8 @@ pub(crate) struct Server {
     pub(crate) brought: Brought,
     /// Reads of runs that are watched, by the number of the recording.
     recorders: Mutex<HashMap<u64, Recorder>>,
+    /// Reads ahead of need that were turned away.
+    refusals: Refusals,
     /// Requests that wait for storage.
     waiting: Mutex<HashMap<u64, Instant>>,
 }
@@ -57,6 +64,8 @@ enum Failure {
     Io(Arc<ImageError>),
     /// It is not that kind of node.
     Kind,
+    /// A read ahead of need, of which not all is here.
+    Ahead,
 }
 
 impl From<Arc<ImageError>> for Failure {
@@ -79,6 +88,7 @@ impl Server {
             objects: Mutex::default(),
             brought: Brought::default(),
             recorders: Mutex::default(),
+            refusals: Refusals::default(),
             waiting: Mutex::default(),
         }
     }
@@ -125,9 +135,9 @@ impl Server {
             Ask::Change => Answer::Error(libc::EROFS),
             Ask::Lookup(name) => self.reply(self.lookup(request.node, name).await, Answer::entry),
             Ask::GetAttr => self.reply(self.attr(request.node).await, Answer::attr),
-            Ask::Read { at, len } => {
+            Ask::Read { at, len, direct } => {
                 count(&self.frames.counters.reads);
-                match self.read(request.node, *at, *len as usize).await {
+                match self.read(request.node, *at, *len as usize, *direct).await {
                     Ok(parts) => {
                         let bytes = parts.iter().map(Bytes::len).sum();
                         count_bytes(&self.frames.counters.bytes_read, bytes);
@@ -150,6 +160,7 @@ impl Server {
         match failure {
             Failure::Absent => Answer::Error(libc::ENOENT),
             Failure::Kind => Answer::Error(libc::EINVAL),
+            Failure::Ahead => Answer::Error(libc::EAGAIN),
             Failure::Io(error) => {
                 count(&self.frames.counters.eio);
                 tracing::warn!(%error, "a read was answered with EIO");
@@ -162,6 +173,7 @@ impl Server {
         if let Some(Node::Object(key)) = Node::from_number(node) {
             // Should the kernel still hold it by another lookup, it is found again by its number.
             lock(&self.objects).remove(&key);
+            self.refusals.forget(node);
         }
     }
 
@@ -202,7 +214,13 @@ impl Server {
         Ok(Attr { node: number, dir: node.is_dir(), size })
     }
 
-    async fn read(&self, number: u64, at: u64, len: usize) -> Result<Vec<Bytes>, Failure> {
+    async fn read(
+        &self,
+        number: u64,
+        at: u64,
+        len: usize,
+        direct: bool,
+    ) -> Result<Vec<Bytes>, Failure> {
         let node = Node::from_number(number).ok_or(Failure::Absent)?;
         let end = |size: u64| at.saturating_add(len as u64).min(size);
         match node {
@@ -214,10 +232,40 @@ impl Server {
             Node::Object(key) => {
                 let object = self.object(key).await?;
                 let end = end(object.size());
+                if len > GROUP && !direct {
+                    self.refuse_ahead(number, at, end)?;
+                } else if let Some(wait) = self.hole(number, at, end) {
+                    let _ = tokio::time::timeout(HOLE_WAITS, wait.done()).await;
+                }
                 self.read_from(&Origin::Object(&object), node, at, end).await
             }
             _ => Err(Failure::Kind),
         }
+    }
+
+    /// Turns a read ahead of need away, while a first run is watched or this object's pages are on their way: the kernel asks
+    /// again for each page that somebody really wants. Whatever is here is given.
+    fn refuse_ahead(&self, node: u64, at: u64, end: u64) -> Result<(), Failure> {
+        let covers = self.brought.cover(node, at, end);
+        let all_here = covers.iter().all(|cover| matches!(cover, Cover::Here(_)));
+        let no_pack = matches!(covers[..], [Cover::Gap { .. }]);
+        if all_here || no_pack && lock(&self.recorders).is_empty() {
+            return Ok(());
+        }
+        if self.refusals.refuse(node, at..end) { Err(Failure::Ahead) } else { Ok(()) }
+    }
+
+    /// What a read of one page waits for that no pack brings, when all around it is here or was turned away: most likely it
+    /// is the rest of a read ahead, cut up by pages that were pushed, and a GET for it would only hold up the pack.
+    fn hole(&self, node: u64, at: u64, end: u64) -> Option<Wait> {
+        let page = GROUP as u64;
+        let wait = self.brought.last()?;
+        let brought = |at: u64, end: u64| {
+            !matches!(self.brought.cover(node, at, end)[..], [Cover::Gap { .. }])
+        };
+        let known = |at: u64| brought(at, at + page) || self.refusals.met(node, at..at + page);
+        let is_hole = !brought(at, end) && known(at.checked_sub(page)?) && known(at + page);
+        is_hole.then_some(wait)
     }
 
     /// Puts an answer together of what a boot pack brought and of what must be fetched.
@@ -281,6 +329,7 @@ impl Server {
         end: u64,
     ) -> Result<Vec<Bytes>, Failure> {
         let len = usize::try_from(end - at).unwrap_or(usize::MAX);
+        tracing::trace!(?node, at, len, "a read goes to storage");
         for recorder in lock(&self.recorders).values_mut() {
             recorder.read(node, at, len);
         }
@@ -350,7 +399,9 @@ impl Server {
     pub(crate) async fn open(&self, id: ImageId) -> Result<Arc<LazyImage>, Arc<ImageError>> {
         let failed = |failure| match failure {
             Failure::Io(error) => error,
-            Failure::Absent | Failure::Kind => Arc::new(ImageError::NotFound(id.to_string())),
+            Failure::Absent | Failure::Kind | Failure::Ahead => {
+                Arc::new(ImageError::NotFound(id.to_string()))
+            }
         };
         let (key, _) = self.slot_of(id).map_err(failed)?;
         self.image(key).await.map_err(failed)

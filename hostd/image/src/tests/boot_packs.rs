@@ -123,6 +123,57 @@ async fn a_first_run_is_recorded_used_and_renewed_when_it_misses() {
     assert_eq!((sixth.boot_packs_recorded, sixth.boot_packs_renewed), (0, 0), "{sixth:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn only_touched_pages_are_recorded_and_nobody_sees_an_error() {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let dir = tempfile::tempdir().unwrap();
+    let (far, id) = image(dir.path()).await;
+    let host = tempfile::tempdir().unwrap();
+    let store: Arc<dyn ObjectStore> = far.clone();
+    let mounter = mounter(&store, host.path(), false).await;
+    if !is_lazy(&mounter) {
+        return;
+    }
+    let (image, guard) = mounter.mount_to_run(id, &Run::of(&[], true)).await.unwrap();
+    let (layers, target) = (image.layers().clone(), host.path().join("root"));
+    let (whole, touched) = (noise(0, FILE_BYTES), [3usize, 100, 101, 400, 511]);
+    let read = move || {
+        let _overlay = Overlay::mount(&layers, &target);
+        let file = fs::File::open(target.join("0")).unwrap();
+        let mut page = [0; 4096];
+        for n in touched {
+            file.read_exact_at(&mut page, n as u64 * 4096).unwrap();
+            assert!(page[..] == whole[n * 4096..][..4096], "page {n}");
+        }
+        // Past the page cache the kernel does not ask again: such a read is never turned away.
+        let direct =
+            fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(target.join("1"));
+        let Ok(direct) = direct else { return };
+        let mut bytes = vec![0; (256 << 10) + 4096];
+        let at = bytes.as_ptr().align_offset(4096);
+        direct.read_exact_at(&mut bytes[at..at + (256 << 10)], 1 << 20).unwrap();
+        assert!(bytes[at..at + (256 << 10)] == noise(1, FILE_BYTES)[1 << 20..][..256 << 10]);
+    };
+    tokio::task::spawn_blocking(read).await.unwrap();
+    drop(guard);
+    while mounter.metrics().await.unwrap().boot_packs_recorded == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(mounter.metrics().await.unwrap().eio, 0);
+    let (head, _) = decode(&pack(&far, id, "default").await.unwrap());
+    let object = head.objects.iter().position(|object| {
+        head.parts
+            .iter()
+            .flat_map(|part| &part.spans)
+            .any(|span| span.at == 3 * 4096 && head.objects[span.object as usize].id == object.id)
+    });
+    let object = u32::try_from(object.unwrap()).unwrap();
+    let spans = head.parts.iter().flat_map(|part| &part.spans);
+    let bytes: u32 = spans.filter(|span| span.object == object).map(|span| span.len).sum();
+    // The five, and the last page, which proves the size.
+    assert_eq!(bytes as usize, 5 * 4096 + FILE_BYTES % 4096);
+}
+
 /// Changes a byte of a page, with lengths and hashes of the pack itself made right again.
 fn forged(pack: &[u8]) -> Vec<u8> {
     let (head, mut at) = decode(pack);
