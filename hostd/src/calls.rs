@@ -164,8 +164,8 @@ pub(crate) fn live(cell: &HostCell, note: &Note) -> Result<State, Fault> {
             "the sandbox is still being started; nothing was done",
         )),
         Some(State::Stopped(exit)) => {
-            let text =
-                format!("the sandbox has ended ({:?}, {}); nothing was done", exit.why, exit.code);
+            let (why, code) = (exit.why.name(), exit.code);
+            let text = format!("the sandbox has ended ({why} {code}); nothing was done");
             Err(Fault::new(Code::WrongState, text))
         }
         None => Err(not_found()),

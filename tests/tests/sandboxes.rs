@@ -23,6 +23,8 @@ fn a_user_runs_things_in_real_sandboxes() {
     run_passes_on(&fleet);
     terminal(&fleet);
     detached(&fleet);
+    followed(&fleet);
+    idle(&fleet);
     files(&fleet);
     refusals(&fleet);
     network(&fleet);
@@ -112,6 +114,10 @@ fn network(fleet: &Fleet) {
     };
     let asks = run(&["--egress", "example.org:443"], "cat /etc/resolv.conf");
     assert!(asks.assert_done().starts_with("nameserver 198.18.0.1\n"), "{asks:?}");
+    // Programs that end before anybody could carry their packets have run all the same, once.
+    for _ in 0..5 {
+        let _ = run(&["--egress", "example.org:443"], "exit 0").assert_done();
+    }
     let closed = run(&["--egress", "169.254.169.254:80"], "true");
     assert_eq!(closed.code, Some(4), "{closed:?}");
     assert!(closed.stderr.contains("error[forbidden]"), "{closed:?}");
@@ -134,7 +140,9 @@ fn network(fleet: &Fleet) {
 
 /// A shell on a terminal, under `script`, which has one to give.
 fn terminal(fleet: &Fleet) {
-    let shell = format!("{} run -it --image shell -- sh", volley().display());
+    // Its size is set before `volley` runs, as a user's terminal has one.
+    let shell =
+        format!("stty rows 33 cols 101; {} run -it --image shell -- sh", volley().display());
     let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--command", &shell, "/dev/null"]);
     let script = script.env("VOLLEY_CLIENT", fleet.client());
@@ -144,7 +152,9 @@ fn terminal(fleet: &Fleet) {
         return;
     };
     let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(b"tty; echo $((6 * 7)); exit 3\n").unwrap();
+    // The size comes a moment after the shell: it is asked for until it is there.
+    let sized = "while [ \"$(stty size)\" != '33 101' ]; do sleep 0.05; done";
+    stdin.write_all(format!("tty; {sized}; echo $((6 * 7)); exit 3\n").as_bytes()).unwrap();
     // Its end would end the terminal before the shell has answered.
     let output = child.wait_with_output().unwrap();
     drop(stdin);
@@ -216,6 +226,62 @@ fn detached(fleet: &Fleet) {
     assert!(ran.stderr.contains("its time was over"), "{ran:?}");
 }
 
+/// `logs -f`, `attach` and `port`, while a sandbox runs and after it.
+fn followed(fleet: &Fleet) {
+    let lines = "echo one; until [ -e /tmp/go ]; do sleep 0.05; done; echo two; exit 4";
+    let ran = fleet.run(["run", "-d", "--image", "shell", "--", "sh", "-c", lines]);
+    let id = ran.assert_done().trim().to_owned();
+    let mut logs = fleet.command(["logs", "-f", &id]);
+    let mut logs = logs.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = std::io::BufReader::new(logs.stdout.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+    assert_eq!(line, "one\n");
+
+    let none = fleet.run(["port", &id]);
+    assert_eq!((none.assert_done(), none.stderr.contains("no port")), ("", true), "{none:?}");
+    let mut port = fleet.command(["port", &id, "0:9"]);
+    let mut port = port.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut leads = std::io::BufReader::new(port.stdout.take().unwrap());
+    line.clear();
+    std::io::BufRead::read_line(&mut leads, &mut line).unwrap();
+    let at = line.split_whitespace().next().unwrap();
+    let mut closed = std::net::TcpStream::connect(at).unwrap();
+    // Whoever connects sees the end of it, by a close or a reset, and `port` goes on.
+    let _ = std::io::Read::read(&mut closed, &mut [0; 8]);
+    tests::fleet::signal(port.id(), rustix::process::Signal::INT);
+    let ended = port.wait_with_output().unwrap();
+    let why = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success() && why.contains("nothing listens on port 9"), "{why}");
+
+    let _ = fleet.run(["exec", &id, "--", "sh", "-c", "echo > /tmp/go"]).assert_done();
+    line.clear();
+    std::io::Read::read_to_string(&mut said, &mut line).unwrap();
+    assert_eq!((line.as_str(), logs.wait().unwrap().success()), ("two\n", true));
+    let rest = fleet.run(["attach", "--offset", "4", &id]);
+    assert_eq!((rest.code, rest.stdout.as_str()), (Some(4), "two\n"), "{rest:?}");
+    let late = fleet.run(["exec", &id, "--", "true"]);
+    late.assert_error("wrong-state", 1);
+    assert!(late.stderr.contains("has ended (returned 4)"), "{late:?}");
+}
+
+/// Idle timeouts: kept, and extended.
+fn idle(fleet: &Fleet) {
+    let run = |idle: &str| {
+        let ran =
+            fleet.run(["run", "-d", "--image", "shell", "--idle", idle, "--", "sleep", "1000"]);
+        ran.assert_done().trim().to_owned()
+    };
+    let (short, long) = (run("1500ms"), run("1500ms"));
+    let _ = fleet.run(["extend", "--idle", "1h", &long]).assert_done();
+    let waited = fleet.run(["wait", &short, "-o", "json"]);
+    let waited: serde_json::Value = serde_json::from_str(waited.assert_done()).unwrap();
+    assert_eq!(waited[0]["why"], "idle", "{waited}");
+    let inspected = fleet.run(["inspect", &long, "-o", "json"]);
+    assert!(inspected.assert_done().contains("running"), "{inspected:?}");
+    let _ = fleet.run(["kill", &long]).assert_done();
+}
+
 fn files(fleet: &Fleet) {
     let ran = fleet.run(["run", "-d", "--image", "shell", "--", "sleep", "1000"]);
     let id = ran.assert_done().trim().to_owned();
@@ -224,6 +290,8 @@ fn files(fleet: &Fleet) {
     fs::create_dir(&local).unwrap();
     fs::write(local.join("a"), "first\n").unwrap();
     fs::write(local.join("b"), vec![7u8; 600_000]).unwrap();
+    std::os::unix::fs::symlink("a", local.join("link")).unwrap();
+    std::os::unix::fs::symlink(".", local.join("loop")).unwrap();
     let inside = format!("{id}:/tmp/copy");
     let _ = fleet.run(["cp", local.to_str().unwrap(), &inside]).assert_done();
     let ran = fleet.run(["exec", &id, "--", "cat", "/tmp/copy/a"]);
@@ -231,7 +299,18 @@ fn files(fleet: &Fleet) {
     let back = scratch.path().join("out");
     let _ = fleet.run(["cp", &inside, back.to_str().unwrap()]).assert_done();
     assert_eq!(fs::read(back.join("b")).unwrap(), vec![7u8; 600_000]);
-    fleet.run(["cp", &format!("{id}:/none"), "."]).assert_error("not-found", 3);
+    assert_eq!(fs::read(back.join("link")).unwrap(), b"first\n", "a link to a file as that file");
+    assert!(!back.join("loop").exists(), "a link to a directory is passed over");
+    let none = fleet.run(["cp", &format!("{id}:/none"), "."]);
+    none.assert_error("not-found", 3);
+    assert!(none.stderr.contains("/none: No such file"), "{none:?}");
+    fleet.run(["cp", &format!("{id}:/dev/zero"), "."]).assert_error("bad-request", 2);
+    let mut piped = fleet.command(["cp", "-", &format!("{id}:/tmp/piped")]);
+    let mut piped = piped.stdin(Stdio::piped()).spawn().unwrap();
+    piped.stdin.take().unwrap().write_all(b"through a pipe\n").unwrap();
+    assert!(piped.wait().unwrap().success());
+    let ran = fleet.run(["cp", &format!("{id}:/tmp/piped"), "-"]);
+    assert_eq!(ran.assert_done(), "through a pipe\n");
     // What is watched and then removed ends the watch: it prints what happened in between.
     let mut watch = fleet.command(["watch", &inside]);
     let mut watch = watch.stdout(Stdio::piped()).spawn().unwrap();

@@ -221,6 +221,11 @@ impl Signals {
 
 async fn upstream(stdin: &mut Stdin, streams: Streams, signals: Signals) -> Result<(), Failure> {
     let Signals { mut int, mut term, mut resized } = signals;
+    if streams.tty {
+        // A launch says that it wants a terminal and not how large, and the one that is attached to may be another's.
+        let (rows, columns) = terminal::size();
+        stdin.resize(rows, columns).await?;
+    }
     let mut input = streams.stdin.then(terminal::input);
     loop {
         let next = async {

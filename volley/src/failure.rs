@@ -33,6 +33,9 @@ impl Failure {
         if code == Code::Privilege {
             return failure.hint("check the file's owner and mode, or run as its owner");
         }
+        if error.kind() == io::ErrorKind::AddrNotAvailable {
+            return failure.hint("give an address of this machine");
+        }
         if code == Code::Internal {
             return failure.hint("check the path, the file system and its free space");
         }

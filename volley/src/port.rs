@@ -61,6 +61,13 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
         // A sandbox that is not there is told now, not with the first connection.
         let record = sandbox.inspect().await?;
         let Some((local, inside)) = flags.ports else {
+            if record.published.is_empty() {
+                eprintln!(
+                    "volley: no port of it is published (`run --publish`); `volley port {} PORT` \
+                     leads to one from here",
+                    flags.sandbox
+                );
+            }
             for open in &record.published {
                 show::print(&format!("{} leads to port {}", open.address, open.port))?;
             }
@@ -93,7 +100,8 @@ async fn serve(listener: &TcpListener, sandbox: &Sandbox, inside: u16) -> Failur
         let sandbox = sandbox.clone();
         tokio::spawn(async move {
             if let Err(failure) = pass(socket, &sandbox, inside).await {
-                eprintln!("{failure}");
+                // The next connection may find what this one did not.
+                eprintln!("volley: a connection failed: {}", failure.message());
             }
             drop(place);
         });

@@ -8,8 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 use volley_client::{
-    CallError, Exit, ExitWhy, Listed, Network, Published, Sandbox, SandboxId, SandboxRecord, State,
-    Stats,
+    CallError, Exit, Listed, Network, Published, Sandbox, SandboxId, SandboxRecord, State, Stats,
 };
 
 use crate::{
@@ -170,16 +169,7 @@ struct ExitRow {
 
 impl From<Exit> for ExitRow {
     fn from(exit: Exit) -> Self {
-        let why = match exit.why {
-            ExitWhy::Returned => "returned",
-            ExitWhy::Signalled => "signalled",
-            ExitWhy::OutOfMemory => "out-of-memory",
-            ExitWhy::Deadline => "deadline",
-            ExitWhy::Idle => "idle",
-            ExitWhy::Killed => "killed",
-            ExitWhy::Lost => "lost",
-        };
-        Self { code: exit.code, why }
+        Self { code: exit.code, why: exit.why.name() }
     }
 }
 

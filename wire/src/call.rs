@@ -394,6 +394,20 @@ impl ExitWhy {
     fn of(byte: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|why| *why as u8 == byte)
     }
+
+    /// As messages and lists say it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Returned => "returned",
+            Self::Signalled => "signalled",
+            Self::OutOfMemory => "out-of-memory",
+            Self::Deadline => "deadline",
+            Self::Idle => "idle",
+            Self::Killed => "killed",
+            Self::Lost => "lost",
+        }
+    }
 }
 
 /// Where a sandbox stands. Nothing else exists (DESIGN 6).

@@ -112,3 +112,27 @@ pub fn write(
         Err(error) => unreachable!("records have no fallible parts: {error}"),
     }
 }
+/// What processes of one build say to one another over sockets that keep packets whole: any record, coded by [`write`]
+/// and checked on its way in. Such a socket bounds the length, and there is a version and no compatibility.
+pub trait Message: Sized {
+    /// Bytes of this message.
+    fn encode(&self) -> Vec<u8>;
+
+    /// Checks bytes from outside into a message.
+    fn decode(bytes: &[u8]) -> Option<Self>;
+}
+
+impl<T> Message for T
+where
+    T: Archive + for<'a> Serialize<HighSerializer<AlignedVec, ArenaHandle<'a>, Error>>,
+    T::Archived:
+        for<'a> CheckBytes<HighValidator<'a, Error>> + Deserialize<T, HighDeserializer<Error>>,
+{
+    fn encode(&self) -> Vec<u8> {
+        write(self)
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        read(bytes, usize::MAX).ok()
+    }
+}

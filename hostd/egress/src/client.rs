@@ -11,6 +11,7 @@ use std::{
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::sync::Mutex;
+use wire::codec::Message as _;
 
 use crate::{
     limits::ASK_MAX,

@@ -86,24 +86,6 @@ pub struct Usage {
     pub refused: u64,
 }
 
-macro_rules! coded {
-    ($($type:ty),*) => {$(
-        impl $type {
-            pub(crate) fn encode(&self) -> Vec<u8> {
-                // Serializing to memory fails only where memory does.
-                rkyv::to_bytes::<rkyv::rancor::Error>(self)
-                    .map(|bytes| bytes.to_vec())
-                    .unwrap_or_default()
-            }
-
-            pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-                rkyv::from_bytes::<Self, rkyv::rancor::Error>(bytes).ok()
-            }
-        }
-    )*};
-}
-coded!(Question, Reply);
-
 /// One end of the conversation. It must not block.
 pub(crate) type Socket = AsyncFd<OwnedFd>;
 

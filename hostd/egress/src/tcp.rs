@@ -163,6 +163,38 @@ fn listen(flow: Flow, sockets: &mut SocketSet<'static>) -> io::Result<SocketHand
     Ok(sockets.add(socket))
 }
 
+/// What one try to pass bytes came to.
+enum Tried {
+    Passed(usize),
+    /// The descriptor was not as ready as it seemed, and now says so.
+    Again,
+    /// Whoever polls is woken when there is more to do.
+    Waits,
+    Broken,
+}
+
+/// Tries once, if the far end's descriptor is ready for it.
+fn tried<E>(
+    ready: Poll<io::Result<()>>,
+    pass: impl FnOnce() -> Result<io::Result<usize>, E>,
+) -> Tried {
+    match ready {
+        Poll::Pending => return Tried::Waits,
+        Poll::Ready(Err(_)) => return Tried::Broken,
+        Poll::Ready(Ok(())) => {}
+    }
+    match pass() {
+        Ok(Ok(length)) => Tried::Passed(length),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => Tried::Again,
+        _ => Tried::Broken,
+    }
+}
+
+/// What a socket's buffer is told of a try: bytes that are done with, and how it went.
+fn told(tried: io::Result<usize>) -> (usize, io::Result<usize>) {
+    (*tried.as_ref().unwrap_or(&0), tried)
+}
+
 impl Open {
     /// From the box to the far end.
     fn outward(
@@ -174,30 +206,19 @@ impl Open {
     ) -> bool {
         let mut busy = false;
         while socket.can_recv() && bucket.has_any() {
-            match self.stream.poll_write_ready(cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) => {
-                    socket.abort();
-                    return true;
-                }
-                Poll::Pending => break,
-            }
             let stream = &self.stream;
-            let sent = socket.recv(|bytes| {
-                let bytes = &bytes[..bucket.at_most(bytes.len())];
-                match stream.try_write(bytes) {
-                    Ok(length) => (length, Ok(length)),
-                    Err(error) => (0, Err(error)),
-                }
+            let sent = tried(stream.poll_write_ready(cx), || {
+                socket.recv(|bytes| told(stream.try_write(&bytes[..bucket.at_most(bytes.len())])))
             });
             match sent {
-                Ok(Ok(length)) => {
+                Tried::Passed(length) => {
                     bucket.take(length);
                     counters.sent(length);
                     busy = true;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                _ => {
+                Tried::Again => {}
+                Tried::Waits => break,
+                Tried::Broken => {
                     socket.abort();
                     return true;
                 }
@@ -223,38 +244,27 @@ impl Open {
     ) -> bool {
         let mut busy = false;
         while socket.can_send() && !self.far_ended && bucket.has_any() {
-            match self.stream.poll_read_ready(cx) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) => {
-                    socket.abort();
-                    return true;
-                }
-                Poll::Pending => break,
-            }
             let stream = &self.stream;
-            let read = socket.send(|room| {
-                let most = bucket.at_most(room.len());
-                if most == 0 {
-                    return (0, Err(io::ErrorKind::WouldBlock.into()));
-                }
-                match stream.try_read(&mut room[..most]) {
-                    Ok(length) => (length, Ok(length)),
-                    Err(error) => (0, Err(error)),
-                }
+            let read = tried(stream.poll_read_ready(cx), || {
+                socket.send(|room| match bucket.at_most(room.len()) {
+                    0 => told(Err(io::ErrorKind::WouldBlock.into())),
+                    most => told(stream.try_read(&mut room[..most])),
+                })
             });
             match read {
-                Ok(Ok(0)) => {
+                Tried::Passed(0) => {
                     self.far_ended = true;
                     socket.close();
                     busy = true;
                 }
-                Ok(Ok(length)) => {
+                Tried::Passed(length) => {
                     bucket.take(length);
                     counters.received(length);
                     busy = true;
                 }
-                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                _ => {
+                Tried::Again => {}
+                Tried::Waits => break,
+                Tried::Broken => {
                     socket.abort();
                     return true;
                 }

@@ -21,6 +21,7 @@ use rustix::{
     process::{Resource, Rlimit},
 };
 use tokio::{io::Interest, sync::watch};
+use wire::codec::Message as _;
 
 use crate::{
     limits::{LINGER, THREADS_MAX},

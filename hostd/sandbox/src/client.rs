@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
 
+use wire::codec::Message as _;
+
 use crate::error::{ClaimError, Fault, Refusal};
 use crate::msg::{Answer, Ask, Census, Claim, FileResult, Reply, Request, StdioFds};
 use crate::packet;

@@ -115,13 +115,13 @@ impl Fault {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClaimError {
     /// Nothing was touched.
-    #[error("refused: {0}")]
+    #[error("{0}")]
     Refused(#[from] Refusal),
     /// Tried, failed, undone.
-    #[error("failed: {0}")]
+    #[error("{0}")]
     Failed(#[from] Fault),
     /// The spawner went away before it answered.
-    #[error("unknown: the spawner went away before it answered ({why}); its boxes die with it")]
+    #[error("the spawner went away before it answered ({why}); its boxes die with it")]
     Unknown {
         /// How that showed.
         why: String,

@@ -252,28 +252,10 @@ impl FromBox {
     }
 }
 
-macro_rules! coded {
-    ($($type:ty),*) => {$(
-        impl $type {
-            /// Bytes of this message.
-            pub(crate) fn encode(&self) -> Vec<u8> {
-                // Serializing to memory fails only where memory does.
-                rkyv::to_bytes::<rkyv::rancor::Error>(self)
-                    .map(|bytes| bytes.to_vec())
-                    .unwrap_or_default()
-            }
-
-            /// Checks bytes from outside into a message.
-            pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-                rkyv::from_bytes::<Self, rkyv::rancor::Error>(bytes).ok()
-            }
-        }
-    )*};
-}
-coded!(Request, Reply, ToBox, FromBox, Census);
-
 #[cfg(test)]
 mod tests {
+    use wire::codec::Message as _;
+
     use super::*;
 
     #[test]

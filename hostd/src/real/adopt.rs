@@ -116,7 +116,16 @@ async fn never_started(
     let past = Past::Failed(row.body, fault.clone());
     drop(real.journal.drop_claim(local, row.launch_id, Some(past)));
     let fate = Fate::Failed(Box::new(fault));
-    cell.core.borrow_mut().recall(now_ms, row.launch_id, row.body, fate);
+    if let Some((_, sandbox)) = remembered(cell, local, row, false) {
+        // It may have been told to have started, in the moment before its row would have said so: whoever waits for it
+        // hears that it was lost.
+        let mut core = cell.core.borrow_mut();
+        core.adopt(row.body, fate, sandbox);
+        drop(core);
+        cell.exited(now_ms, local, Exit { code: 137, why: ExitWhy::Lost });
+    } else {
+        cell.core.borrow_mut().recall(now_ms, row.launch_id, row.body, fate);
+    }
     real.forget_later(now_ms, local, row.launch_id);
 }
 
@@ -190,13 +199,26 @@ const SETTLED_MS: u64 = 10_000;
 const GONE_WAIT: Duration = Duration::from_secs(2);
 
 fn take_up(cell: &Rc<HostCell>, local: u64, row: &Row, paused: bool) -> Option<Rc<Note>> {
+    let (started, sandbox) = remembered(cell, local, row, paused)?;
+    let note = Rc::clone(&sandbox.note);
+    note.outcome.set(wire::launch::LaunchReply::Started(started));
+    cell.core.borrow_mut().adopt(row.body, Fate::Started(started), sandbox);
+    Some(note)
+}
+
+/// A sandbox as its row tells of it, and what its launch was answered.
+fn remembered(
+    cell: &HostCell,
+    local: u64,
+    row: &Row,
+    paused: bool,
+) -> Option<(Started, Sandbox<Rc<Note>>)> {
     let shape = ShapeId::new(row.shape)?;
     let id = SandboxId { host: cell.id, local };
     let note = Rc::new(Note::new(id, &row.request));
-    let mut core = cell.core.borrow_mut();
+    let core = cell.core.borrow();
     let (word, visible_at) = (core.word(), core.visible_at());
     let started = Started { sandbox: id, visible_at, word, steps: Steps::default() };
-    note.outcome.set(wire::launch::LaunchReply::Started(started));
     let sandbox = Sandbox {
         id,
         launch_id: row.launch_id,
@@ -209,10 +231,9 @@ fn take_up(cell: &Rc<HostCell>, local: u64, row: &Row, paused: bool) -> Option<R
         lapse_at_ms: None,
         ending: None,
         drop_at_ms: None,
-        note: Rc::clone(&note),
+        note,
     };
-    core.adopt(row.body, Fate::Started(started), sandbox);
-    Some(note)
+    Some((started, sandbox))
 }
 
 /// Attaches to what a living sandbox says, and holds its image.

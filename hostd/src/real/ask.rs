@@ -171,7 +171,7 @@ pub(crate) fn os_fault(what: &str, error: &io::Error) -> Fault {
     Fault::new(code, format!("could not {what}: {error}"))
 }
 
-fn file_fault(error: &ClaimError) -> Fault {
+fn file_fault(path: &str, error: &ClaimError) -> Fault {
     match error {
         ClaimError::Failed(fault) if let Some(errno) = fault.errno() => {
             let error = io::Error::from_raw_os_error(errno);
@@ -182,15 +182,30 @@ fn file_fault(error: &ClaimError) -> Fault {
                 libc::ENOSPC | libc::EDQUOT => Code::Overloaded,
                 _ => os_fault("do it", &error).code,
             };
-            Fault::new(code, fault.to_string())
+            Fault::new(code, format!("{path}: {error}"))
         }
         other => claim_fault(other),
     }
 }
 
+/// What an operation is about.
+fn path_of(op: &BoxOp) -> &str {
+    match op {
+        BoxOp::Read { path }
+        | BoxOp::Write { path, .. }
+        | BoxOp::Stat { path }
+        | BoxOp::List { path }
+        | BoxOp::MakeDirectory { path, .. }
+        | BoxOp::Remove { path, .. }
+        | BoxOp::Watch { path }
+        | BoxOp::Rename { from: path, .. } => path,
+    }
+}
+
 async fn ask_file(cell: &HostCell, note: &Note, op: BoxOp) -> Result<FileAnswer, Fault> {
     let spawner = cell.real()?.spawner()?;
-    spawner.file(box_id(note.id), op).await.map_err(|error| file_fault(&error))
+    let path = path_of(&op).to_owned();
+    spawner.file(box_id(note.id), op).await.map_err(|error| file_fault(&path, &error))
 }
 
 async fn open(cell: &HostCell, note: &Note, op: BoxOp) -> Result<OwnedFd, Fault> {

@@ -6,7 +6,7 @@
 use std::{cell::RefCell, collections::HashSet, rc::Rc, time::Duration};
 
 use hostd_egress::{Egress, EgressConfig, EgressError, PolicyError};
-use hostd_sandbox::BoxNetwork;
+use hostd_sandbox::{BoxNetwork, ClaimError, Fault as BoxFault};
 use wire::{
     Code, Fault, SandboxId,
     call::State,
@@ -105,15 +105,21 @@ async fn connect(config: &EgressConfig) -> Result<Egress, Fault> {
 }
 
 impl Real {
-    /// Has a running box's packets carried by its launch's rules.
+    /// Has a running box's packets carried by its launch's rules. One that has ended needs nobody to.
     ///
     /// # Errors
     /// Why they are not.
     pub(super) async fn carry(&self, id: SandboxId, network: &Network) -> Result<(), Fault> {
         let Network::Egress(rules) = network else { return Ok(()) };
         for last in [false, true] {
-            let tunnel = self.spawner()?.tunnel(box_id(id)).await;
-            let tunnel = tunnel.map_err(|error| claim_fault(&error))?;
+            let tunnel = match self.spawner()?.tunnel(box_id(id)).await {
+                Ok(tunnel) => tunnel,
+                // Its program was executed and has ended: it reaches nothing any more, and it did run.
+                Err(ClaimError::Failed(BoxFault::NoSandbox | BoxFault::BoxDied { .. })) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(claim_fault(&error)),
+            };
             let worker = self.ways.worker().await?;
             match worker.open(box_id(id), rules.clone(), tunnel.device, tunnel.ended).await {
                 Ok(()) => return Ok(()),

@@ -1,7 +1,7 @@
 //! Files of a sandbox. Paths are absolute inside it, and links are followed inside it.
 
 use bytes::Bytes;
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use wire::{
     call::{Answer, Call, FileChange, FileOp, FileRecord},
     frame::Kind,
@@ -58,21 +58,40 @@ impl Sandbox {
     /// # Errors
     /// [`CallError`].
     pub async fn write_file(&self, path: &str, mode: u32, bytes: &[u8]) -> Result<(), CallError> {
+        let all = futures::stream::once(std::future::ready(Ok(Bytes::copy_from_slice(bytes))));
+        self.write_file_stream(path, mode, all).await
+    }
+
+    /// The same from pieces, for what does not fit into memory. The first error among them breaks it off, and what was
+    /// written until then stays.
+    ///
+    /// # Errors
+    /// [`CallError`], or that of a piece.
+    pub async fn write_file_stream<E: From<CallError>>(
+        &self,
+        path: &str,
+        mode: u32,
+        pieces: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<(), E> {
         let op = FileOp::Write { path: path.to_owned(), mode };
         let mut writer =
             Attached::open(&self.client, &Call::File { sandbox: self.id(), op }).await?;
-        let sent = async {
-            write_bulk(&mut writer.send, Kind::Data, bytes).await?;
-            write(&mut writer.send, Kind::End, &[]).await
-        }
-        .await;
+        let mut pieces = std::pin::pin!(pieces);
+        let sent = loop {
+            let Some(piece) = pieces.next().await else {
+                break write(&mut writer.send, Kind::End, &[]).await;
+            };
+            if let Err(error) = write_bulk(&mut writer.send, Kind::Data, &piece?).await {
+                break Err(error);
+            }
+        };
         // A host that refuses stops the stream: its answer says more than the broken pipe.
         match (writer.answer().await, sent) {
             (Ok(Answer::Done), Ok(())) => Ok(()),
-            (Ok(_), Ok(())) => Err(CallError::protocol("done was expected")),
-            (Err(error), Ok(())) => Err(error),
-            (Err(error), Err(_)) if error.code() != wire::Code::Unreachable => Err(error),
-            (_, Err(error)) => Err(error),
+            (Ok(_), Ok(())) => Err(CallError::protocol("done was expected").into()),
+            (Err(error), Ok(())) => Err(error.into()),
+            (Err(error), Err(_)) if error.code() != wire::Code::Unreachable => Err(error.into()),
+            (_, Err(error)) => Err(error.into()),
         }
     }
 

@@ -17,6 +17,8 @@ mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use wire::codec::Message as _;
+
 use crate::error::Fault;
 use crate::msg::{FromBox, ToBox};
 use crate::packet;

@@ -11,6 +11,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::Setup;
+use wire::codec::Message as _;
+
 use crate::error::Fault;
 use crate::msg::ToBox;
 use crate::packet;

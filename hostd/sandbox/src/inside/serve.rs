@@ -9,6 +9,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::watch::Watch;
 use super::{files, run, tell, tell_with};
+use wire::codec::Message as _;
+
 use crate::error::Fault;
 use crate::fork;
 use crate::msg::{FromBox, ToBox};

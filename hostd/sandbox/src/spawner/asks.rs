@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use super::boxes::{Claimed, HostEnds, Pending, State};
 use super::root::{Parts, compose};
 use super::{Spawning, WAITING_MAX, Waiting};
+use wire::codec::Message as _;
+
 use crate::cgroup::GroupLimits;
 use crate::error::{Fault, Refusal};
 use crate::msg::{Answer, Ask, Census, Claim, PROTOCOL, ToBox};

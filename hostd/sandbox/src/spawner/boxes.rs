@@ -10,6 +10,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::nets::Nets;
 use super::tally::{Entry, Tally};
+use wire::codec::Message as _;
+
 use crate::cgroup::Group;
 use crate::error::Fault;
 use crate::fork::{self, Cloned};

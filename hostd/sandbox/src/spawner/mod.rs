@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 
 use self::boxes::{Boxed, State};
+use wire::codec::Message as _;
+
 use crate::cgroup::{Group, Layout};
 use crate::inside::Filters;
 use crate::msg::{Answer, Claim, Reply, Request};

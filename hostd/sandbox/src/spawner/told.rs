@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::Spawning;
 use super::boxes::{Boxed, State};
+use wire::codec::Message as _;
+
 use crate::error::Fault;
 use crate::msg::{Answer, FileResult, FromBox};
 use crate::packet;
