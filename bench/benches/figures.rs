@@ -9,6 +9,7 @@ use bench::{
     cost, feed, heartbeat, image,
     launch::{self, Carrier, Load, RolePid},
     map, pick,
+    rounds::Options,
 };
 use clap::Parser;
 use wire::{Code, Fault};
@@ -130,20 +131,20 @@ fn picks(args: &Args) -> Result<(), Fault> {
 }
 
 fn heartbeats(args: &Args) -> Result<(), Fault> {
-    let mut options = heartbeat::Options::default();
+    let mut options = heartbeat::options();
     if args.quick() {
         let time = Duration::from_millis(100);
-        options = heartbeat::Options { hosts: 1_000, rounds: 1, time, ..options };
+        options = Options { hosts: 1_000, rounds: 1, time, ..options };
     }
     args.show(&heartbeat::run(&options)?);
     Ok(())
 }
 
 fn feeds(args: &Args) -> Result<(), Fault> {
-    let mut options = feed::Options::default();
+    let mut options = feed::options();
     if args.quick() {
         let time = Duration::from_millis(100);
-        options = feed::Options { hosts: 10_000, rounds: 1, time, ..options };
+        options = Options { hosts: 10_000, rounds: 1, time, ..options };
     }
     args.show(&feed::run(&options)?);
     Ok(())

@@ -9,7 +9,7 @@ use std::{fmt, time::Duration};
 use serde::Serialize;
 use wire::{Fault, feed::ENTRIES_MAX, limits::HEARTBEAT_INTERVAL_MS};
 
-use crate::{heartbeat, launch, map, pick};
+use crate::{heartbeat, launch, map, pick, rounds};
 
 /// Cores of a placer machine: its processes share one feed and one capacity table.
 const PLACER_CORES: f64 = 16.0;
@@ -101,12 +101,12 @@ impl Default for Options {
 pub fn run(options: &Options) -> Result<Model, Fault> {
     let quick = options.quick;
     let mut pick = pick::Options { hosts: vec![1_000_000], ..pick::Options::default() };
-    let mut heartbeat = heartbeat::Options::default();
+    let mut heartbeat = heartbeat::options();
     let mut map = map::Options::default();
     if quick {
         pick = pick::Options { hosts: vec![10_000], picks: 10_000, rounds: 1, ..pick };
         let time = Duration::from_millis(100);
-        heartbeat = heartbeat::Options { hosts: 1_000, rounds: 1, time, ..heartbeat };
+        heartbeat = rounds::Options { hosts: 1_000, rounds: 1, time, ..heartbeat };
         map = map::Options { hosts: 10_000, rounds: 1, ..map };
     }
     let launch = options.launch.as_ref().map(launch::run).transpose()?;

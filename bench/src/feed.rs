@@ -30,28 +30,13 @@ use crate::{
     arena::Arena,
     cpu::thread_time,
     pick::fleet,
-    rounds::{Figure, alternate},
+    rounds::{Figure, Options, alternate},
 };
 
-/// What is measured.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Hosts in the table.
-    pub hosts: usize,
-    /// Words a second in the paced rounds: what a fleet of a million says, and some more.
-    pub rate: f64,
-    /// Time of a round.
-    pub time: Duration,
-    /// Rounds after one that warms up.
-    pub rounds: usize,
-    /// The seed of the fleet.
-    pub seed: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { hosts: 1_000_000, rate: 70_000.0, time: Duration::from_secs(1), rounds: 5, seed: 1 }
-    }
+/// What a fleet of a million says, and some more.
+#[must_use]
+pub fn options() -> Options {
+    Options::of(1_000_000, 70_000.0)
 }
 
 /// Figures of the receiving thread.
@@ -155,8 +140,8 @@ fn round(
     table: Option<&Table<'_>>,
     rate: Option<f64>,
 ) -> Result<Round, Fault> {
-    let mut receiver =
-        Receiver::bind((Ipv4Addr::LOCALHOST, 0).into(), &ReceiverOptions::default())?;
+    let engine = ReceiverOptions { engine: options.engine, ..ReceiverOptions::default() };
+    let mut receiver = Receiver::bind((Ipv4Addr::LOCALHOST, 0).into(), &engine)?;
     let to = receiver.local_addr().map_err(internal)?;
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {

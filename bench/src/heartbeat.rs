@@ -25,37 +25,13 @@ use wire_net::udp::{Engine, Receiver, ReceiverOptions, Sender};
 use crate::{
     cpu::thread_time,
     pick::fleet,
-    rounds::{Figure, alternate},
+    rounds::{Figure, Options, alternate},
 };
 
-/// What is measured.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Hosts that send.
-    pub hosts: usize,
-    /// Heartbeats a second in the paced rounds: what the fleet sends.
-    pub rate: f64,
-    /// Time of a round.
-    pub time: Duration,
-    /// Rounds after one that warms up.
-    pub rounds: usize,
-    /// How datagrams are received.
-    pub engine: Engine,
-    /// The seed of the fleet.
-    pub seed: u64,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            hosts: 100_000,
-            rate: 66_700.0,
-            time: Duration::from_secs(1),
-            rounds: 5,
-            engine: Engine::Auto,
-            seed: 1,
-        }
-    }
+/// What a fleet of a million sends, from a tenth as many hosts.
+#[must_use]
+pub fn options() -> Options {
+    Options::of(100_000, 66_700.0)
 }
 
 /// Figures. `ns` is processor time of the receiving thread a datagram.

@@ -2,9 +2,36 @@
 //!
 //! Candidates and their ceiling alternate inside one process run, so that a slow moment of the machine hits both.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::Serialize;
+use wire_net::udp::Engine;
+
+/// What a bench of a receiving thread takes: heartbeats into a shard, or the capacity feed into a table.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Hosts that are spoken for.
+    pub hosts: usize,
+    /// What comes a second in the paced rounds: heartbeats, or words.
+    pub rate: f64,
+    /// Time of a round.
+    pub time: Duration,
+    /// Rounds after one that warms up.
+    pub rounds: usize,
+    /// How datagrams are received.
+    pub engine: Engine,
+    /// The seed of the fleet.
+    pub seed: u64,
+}
+
+impl Options {
+    /// Five rounds of a second.
+    #[must_use]
+    pub fn of(hosts: usize, rate: f64) -> Self {
+        let time = Duration::from_secs(1);
+        Self { hosts, rate, time, rounds: 5, engine: Engine::Auto, seed: 1 }
+    }
+}
 
 /// A figure over several rounds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]

@@ -10,10 +10,19 @@ use std::{
 
 use fleet::{Fleet, engines::cassandra::Cassandra, published, row, until};
 use futures::{FutureExt as _, StreamExt as _, stream};
-use heartbeat::store::{Store, StoreError, scylla::ScyllaStore};
+use heartbeat::store::{
+    Store, StoreError,
+    listed::{Kept, PARTITIONS},
+    scylla::ScyllaStore,
+};
 use heartbeat_core::{Drain, Row, shard::upkeep::Silent, shard::writes::Batch};
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
-use wire::{CapacityWord, HostId, Incarnation, Seq};
+use wire::{
+    CapacityWord, HostId, Incarnation, LaunchId, SandboxId, Seq,
+    call::{SandboxRecord, State},
+    launch::Network,
+    limits::RECORD_LIVES_MS,
+};
 
 fn rows(count: usize, seed: u64, seq: u64) -> Vec<Row> {
     let mut rng = SmallRng::seed_from_u64(seed);
@@ -68,6 +77,7 @@ async fn the_store_keeps_what_it_acknowledged() {
 
     order_of_writes(&store).await;
     lease_and_drains(&store).await;
+    sandboxes_by_tenant(&store, node.cql()).await;
 
     // 100,000 rows in 400 partitions, as a million hosts fill theirs: 250 rows a batch.
     let mut written = rows(100_000, 1, 1);
@@ -173,6 +183,68 @@ async fn lease_and_drains(store: &ScyllaStore) {
     store.set_drain(&drain(1, "disk")).await.unwrap();
     store.clear_drain(HostId(1)).await.unwrap();
     assert_eq!(store.drains().await.unwrap(), [drain(u64::MAX, "kernel")]);
+}
+
+fn kept(tenant: &str, local: u64, version: u64, state: State) -> Kept {
+    let record = SandboxRecord {
+        sandbox: SandboxId { host: HostId(u64::MAX - 7), local },
+        launch_id: LaunchId([1; 16]),
+        tenant: tenant.to_owned(),
+        image: "shell".to_owned(),
+        shape: 1,
+        command: vec!["sh".to_owned()],
+        labels: vec![("job".to_owned(), "42".to_owned())],
+        state,
+        age_ms: 5,
+        left_ms: 6,
+        network: Network::default(),
+        published: Vec::new(),
+    };
+    Kept { version, heard_ms: 9, record }
+}
+
+/// What `volley ls` reads: a tenant's rows in their partitions, the newest of each, until their time is over.
+async fn sandboxes_by_tenant(store: &ScyllaStore, cql: std::net::SocketAddr) {
+    let keep = async |rows: &[Kept]| {
+        let mut rows = rows.to_vec();
+        rows.sort_by_key(Kept::partition);
+        for batch in rows.chunk_by(|a, b| a.partition() == b.partition()) {
+            store.keep_sandboxes(batch).await.unwrap();
+        }
+    };
+    let list = async |tenant: &str, max: usize| {
+        let mut all = Vec::new();
+        for partition in 0..PARTITIONS {
+            let rows = store.sandboxes(tenant, partition, max).await.unwrap();
+            assert!(rows.len() <= max && rows.iter().all(|row| row.partition() == partition));
+            all.extend(rows);
+        }
+        all.sort_by_key(|row| row.record.sandbox.local);
+        all
+    };
+    let rows: Vec<_> = (0..500).map(|local| kept("acme", local, 5, State::Running)).collect();
+    keep(&rows).await;
+    keep(&[kept("acm", 1, 5, State::Running), kept("", 2, 5, State::Running)]).await;
+    assert_eq!(list("acme", 1_000).await, rows, "as they were written, and nobody else's");
+    assert_eq!(list("acm", 1_000).await.len(), 1);
+    assert_eq!(list("nobody", 1_000).await, []);
+    assert!(list("acme", 3).await.len() <= 3 * usize::from(PARTITIONS));
+    // PROTOCOL 9.2: whatever order the writes arrive in.
+    keep(&[kept("acme", 3, 4, State::Paused), kept("acme", 4, 6, State::Paused)]).await;
+    let newest = list("acme", 1_000).await;
+    assert_eq!((newest[3].record.state, newest[3].version), (State::Running, 5));
+    assert_eq!((newest[4].record.state, newest[4].version), (State::Paused, 6));
+    let session = scylla::client::session_builder::SessionBuilder::new()
+        .known_node(cql.to_string())
+        .build()
+        .await
+        .unwrap();
+    let text = "SELECT TTL(record) FROM volley.sandbox_by_tenant";
+    let rows = session.query_unpaged(text, ()).await.unwrap().into_rows_result().unwrap();
+    let ttls: Vec<_> = rows.rows::<(Option<i32>,)>().unwrap().map(|row| row.unwrap().0).collect();
+    let longest = i32::try_from(RECORD_LIVES_MS / 1_000).unwrap();
+    assert_eq!(ttls.len(), 502);
+    assert!(ttls.iter().all(|ttl| ttl.is_some_and(|ttl| (1..=longest).contains(&ttl))), "{ttls:?}");
 }
 
 /// D1, D2: the node stops for 10 s. Hosts are heard, the map goes on, nobody dies, and the rows land afterwards.

@@ -7,7 +7,6 @@
 //!
 //! `-- flat [real hosts] [in flight] [seconds]`: the cost of a launch with 10 to 1,000,000 hosts in the map. The real hosts are those
 //! of the map that are this placer's part (its aperture is as large as they are many); the others are there to be searched.
-//! Longer than 500 lines: one program with its own fleet, read from its figures down.
 
 #![expect(
     clippy::unwrap_used,
@@ -15,9 +14,12 @@
     reason = "a bench stops at the first surprise, and its numbers are small"
 )]
 
+#[path = "fleet/mod.rs"]
+mod fleet;
+
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -25,26 +27,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use object_store::{ObjectStoreExt, path::Path};
+use fleet::{request, runtime, start_hosts, start_placer};
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
-use tokio_util::sync::CancellationToken;
 use volley_client::draw_id;
 use wire::{
-    CapacityWord, HostId, Incarnation, SandboxId, Seq, Stamp,
-    datagram::Datagram,
-    feed,
-    frame::Kind,
-    launch::{LaunchHead, LaunchReply, LaunchRequest, Limits, Network, Started, Steps, VisibleAt},
-    limits::DATAGRAM_BYTES_MAX,
-    map::{Head, HostAddr, MapVersion, Page, PageRef, path as names},
+    HostId,
+    launch::{LaunchHead, LaunchReply},
     seal::Role,
 };
 use wire_net::{
-    lane::{Lane, LaneServer},
-    objects, quic,
+    lane::Lane,
+    quic,
     stream::{self, LaunchLost},
     tls::{FleetAuthority, Identity, Peer},
 };
+
+/// The placer's pause between two looks for a map.
+const REFRESH_MS: u64 = 100;
 
 fn main() {
     let args: Vec<u64> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
@@ -59,7 +58,7 @@ fn main() {
     let ids: Vec<_> =
         (0..hosts).map(|at| HostId((at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
     let addrs = start_hosts(&authority, ids);
-    let placer = start_placer(&authority, "mem://bench", &addrs, &addrs);
+    let (placer, _) = start_placer(&authority, "mem://bench", &addrs, &addrs, REFRESH_MS);
     let tenant = authority.issue(&Peer::Client { tenant: "acme".into() }).unwrap();
     let as_placer = authority.issue(&Peer::Placer(2)).unwrap();
     println!("{hosts} hosts, {in_flight} in flight, {connections} connections of the client");
@@ -96,7 +95,7 @@ fn flat(real: u64, in_flight: u64, seconds: u64) {
         let hosts = start_hosts(&authority, ids[..real as usize].to_vec());
         let others = ids[real as usize..].iter().map(|id| (*id, nobody));
         let all: Vec<_> = hosts.iter().copied().chain(others).collect();
-        placers.push((count, start_placer(&authority, objects, &all, &hosts)));
+        placers.push((count, start_placer(&authority, objects, &all, &hosts, REFRESH_MS).0));
     }
     println!("{real} real hosts, {in_flight} in flight; the rest of the map is others' hosts");
     let mut figures = vec![Vec::new(); placers.len()];
@@ -292,210 +291,6 @@ async fn offer(
     }
     endpoint.close(0u32.into(), b"done");
     let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
-}
-
-fn request() -> LaunchRequest {
-    LaunchRequest {
-        launch_id: draw_id(),
-        tenant: "acme".into(),
-        image: "busybox".into(),
-        shape: 0,
-        command: vec!["/bin/true".into()],
-        env: Vec::new(),
-        cwd: String::new(),
-        user: String::new(),
-        tty: false,
-        stdin: false,
-        limits: Limits::default(),
-        network: Network::None,
-        publish: vec![],
-        labels: Vec::new(),
-    }
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
-}
-
-/// Hosts that start everything, all on one thread.
-fn start_hosts(authority: &Arc<FleetAuthority>, ids: Vec<HostId>) -> Vec<(HostId, SocketAddr)> {
-    let (told, addrs) = std::sync::mpsc::channel();
-    let authority = Arc::clone(authority);
-    let serve = move || {
-        runtime().block_on(async move {
-            let mut all = Vec::new();
-            for id in ids {
-                let identity = authority.issue(&Peer::Host(id)).unwrap();
-                let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                let endpoint = quic::listen(any, &identity, &[Role::Placer]).unwrap();
-                all.push((id, endpoint.local_addr().unwrap()));
-                tokio::spawn(serve_host(id, endpoint));
-            }
-            told.send(all).unwrap();
-            std::future::pending::<()>().await;
-        });
-    };
-    std::thread::Builder::new().name("hosts".into()).spawn(serve).unwrap();
-    addrs.recv().unwrap()
-}
-
-async fn serve_host(id: HostId, endpoint: quinn::Endpoint) {
-    while let Some(incoming) = endpoint.accept().await {
-        tokio::spawn(async move {
-            let Ok((connection, _)) = quic::accept(incoming).await else { return };
-            let datagrams = connection.clone();
-            tokio::spawn(async move {
-                while let Ok(bytes) = datagrams.read_datagram().await {
-                    let mut reply = bytes[..4].to_vec();
-                    reply.extend(started(id, &bytes[4..]).to_bytes());
-                    let _ = datagrams.send_datagram(reply.into());
-                }
-            });
-            while let Ok((mut send, mut recv)) = connection.accept_bi().await {
-                tokio::spawn(async move {
-                    let mut scratch = bytes::BytesMut::new();
-                    match stream::read_frame(&mut recv, &mut scratch).await {
-                        Ok(Some((Kind::Lane, _))) => {
-                            let mut lane = LaneServer::new(send, recv);
-                            let replies = lane.replies();
-                            while let Ok(Some((tag, payload))) = lane.next().await {
-                                replies.reply(tag, &started(id, &payload));
-                            }
-                        }
-                        Ok(Some((Kind::Launch, payload))) => {
-                            let _ = stream::reply(&mut send, &started(id, &payload)).await;
-                        }
-                        _ => {}
-                    }
-                });
-            }
-        });
-    }
-}
-
-fn started(id: HostId, payload: &[u8]) -> LaunchReply {
-    let (_, bytes) = LaunchHead::split(payload).unwrap();
-    let request = LaunchRequest::access(bytes).unwrap();
-    LaunchReply::Started(Started {
-        sandbox: SandboxId { host: id, local: u64::from(request.launch_id.0[0]) },
-        visible_at: VisibleAt { incarnation: Incarnation(1), seq: Seq(2) },
-        word: word(),
-        steps: Steps::default(),
-    })
-}
-
-fn word() -> CapacityWord {
-    CapacityWord::new([1_000; 4], 0, Stamp::of(Seq(1)))
-}
-
-/// A placer with one dispatching thread that launches on `real`, once it has the map of `hosts` and has heard of all real ones.
-fn start_placer(
-    authority: &Arc<FleetAuthority>,
-    objects: &'static str,
-    hosts: &[(HostId, SocketAddr)],
-    real: &[(HostId, SocketAddr)],
-) -> SocketAddr {
-    let dir = tempfile::tempdir().unwrap().keep();
-    let identity = authority.issue(&Peer::Placer(1)).unwrap();
-    identity.save(&dir).unwrap();
-    let listen = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-    let config = placer::Config {
-        identity: dir.clone(),
-        state: dir.join("state"),
-        listen,
-        objects: objects.into(),
-        aggregators: vec![start_aggregator(authority, real)],
-        aperture: real.len(),
-        map_refresh_ms: 100,
-        workers: 1,
-        ..placer::Config::default()
-    };
-    let hosts = hosts.to_vec();
-    std::thread::spawn(move || {
-        runtime().block_on(async move {
-            publish(objects, &hosts).await;
-            placer::run(config, CancellationToken::new()).await.unwrap();
-        });
-    });
-    let tenant = authority.issue(&Peer::Client { tenant: "acme".into() }).unwrap();
-    runtime().block_on(async {
-        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let endpoint = quic::dialer(any, &tenant).unwrap();
-        loop {
-            let Ok(connection) = quic::connect(&endpoint, listen, Role::Placer).await else {
-                continue;
-            };
-            let bytes = request().to_bytes();
-            let reply = stream::launch(&connection, LaunchHead::new(1_000), &bytes).await;
-            if matches!(reply, Ok(LaunchReply::Started(_))) {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    });
-    listen
-}
-
-async fn publish(objects: &str, hosts: &[(HostId, SocketAddr)]) {
-    let store = objects::open(objects).unwrap();
-    let addr = |addr: &SocketAddr| HostAddr { ip: addr.ip(), port: addr.port() };
-    let mut hosts: Vec<_> = hosts.iter().map(|(id, at)| (*id, addr(at))).collect();
-    hosts.sort_unstable_by_key(|(id, _)| *id);
-    let mut pages = Vec::new();
-    let mut first = 0;
-    for chunk in hosts.chunks(4_096) {
-        let bytes = Page::encode(chunk);
-        let last = chunk.last().unwrap().0.0;
-        let last = if last == hosts.last().unwrap().0.0 { u64::MAX } else { last };
-        let digest = *blake3::hash(&bytes).as_bytes();
-        let count = chunk.len() as u32;
-        pages.push(PageRef { first, last, count, bytes: bytes.len() as u32, digest });
-        first = last.wrapping_add(1);
-        store.put(&Path::from(names::page(&digest)), bytes.into()).await.unwrap();
-    }
-    let version = MapVersion { epoch: 1, version: 1 };
-    let head = Head {
-        format: wire::map::FORMAT,
-        version,
-        previous: MapVersion::default(),
-        nonce: [1; 16],
-        created_ms: 0,
-        count: hosts.len() as u64,
-        pages,
-    };
-    store.put(&Path::from(names::HEAD), head.to_bytes().into()).await.unwrap();
-}
-
-/// Tells whoever subscribes that all hosts are empty, ten times a second, so that nobody runs full.
-fn start_aggregator(authority: &Arc<FleetAuthority>, hosts: &[(HostId, SocketAddr)]) -> SocketAddr {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    let addr = socket.local_addr().unwrap();
-    let key = authority.newest_key().clone();
-    let hosts: Vec<_> = hosts.iter().map(|(id, _)| *id).collect();
-    let serve = move || {
-        let (mut bytes, mut seq, mut beat) = ([0; 2_048], 0, 1);
-        let mut subscribers: HashMap<SocketAddr, u64> = HashMap::new();
-        loop {
-            if let Ok((len, from)) = socket.recv_from(&mut bytes) {
-                subscribers.insert(from, Datagram::parse(&bytes[..len]).unwrap().sender.id);
-            }
-            beat += 1;
-            let word = CapacityWord::new([1_000; 4], 0, Stamp::of(Seq(beat)));
-            for (to, placer) in &subscribers {
-                let sender = key.sender(Role::Placer, *placer);
-                for hosts in hosts.chunks(feed::ENTRIES_MAX) {
-                    seq += 1;
-                    let entries: Vec<_> = hosts.iter().map(|id| (*id, word)).collect();
-                    let mut out = [0; DATAGRAM_BYTES_MAX];
-                    let len = feed::seal(9, seq, &entries, (*placer, key.epoch, &sender), &mut out);
-                    let _ = socket.send_to(&out[..len], *to);
-                }
-            }
-        }
-    };
-    std::thread::Builder::new().name("aggregator".into()).spawn(serve).unwrap();
-    addr
 }
 
 /// Microseconds of processor time that each named thread has used.

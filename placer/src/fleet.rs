@@ -84,13 +84,22 @@ impl Aperture {
         (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
     }
 
+    fn weights(self, map: &Map) -> impl Iterator<Item = (u64, usize)> {
+        map.ids().enumerate().map(move |(at, id)| (self.weight(id), at))
+    }
+
     /// This placer's part of a map.
     fn part(self, map: &Arc<Map>) -> Part {
         if map.len() <= self.hosts {
             return Part::All(Arc::clone(map));
         }
-        let mut weights: Vec<_> =
-            map.ids().enumerate().map(|(at, id)| (self.weight(id), at)).collect();
+        // Weights are spread evenly: those of the part are below this, but for a fleet of chosen ids.
+        let bound =
+            (u64::MAX / map.len() as u64).saturating_mul((self.hosts + self.hosts / 4 + 64) as u64);
+        let mut weights: Vec<_> = self.weights(map).filter(|(weight, _)| *weight < bound).collect();
+        if weights.len() < self.hosts {
+            weights = self.weights(map).collect();
+        }
         weights.select_nth_unstable(self.hosts - 1);
         weights.truncate(self.hosts);
         let mut chosen: Vec<usize> = weights.into_iter().map(|(_, at)| at).collect();

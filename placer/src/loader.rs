@@ -1,8 +1,9 @@
 //! The map loader: from the object store to a private file that is mapped.
 //!
 //! It fetches the head and, when that names a newer map, the pages that the last map does not hold already; checks
-//! everything (PROTOCOL 5.3); writes one flat file, syncs it, renames it into place and maps it. Whatever goes wrong, the
-//! last good map stays, over restarts too, and the reason has a name. A map is never too old to be used.
+//! everything (PROTOCOL 5.3), two pages at once as they arrive; writes one flat file and maps it. The file is synced and
+//! renamed into place afterwards ([`Loader::settle`]), since a map is of use before the disk has it. Whatever goes wrong,
+//! the last good map stays, over restarts too, and the reason has a name. A map is never too old to be used.
 //!
 //! A page counts as held if the last map's hosts in its range encode to the very digest: nothing but the map itself has to
 //! be kept.
@@ -20,6 +21,7 @@ use object_store::{
     GetOptions, GetResult, ObjectStore, ObjectStoreExt as _, path::Path as ObjectPath,
 };
 use placer_core::map;
+use tempfile::NamedTempFile;
 use wire::{
     HostId,
     codec::Malformed,
@@ -33,11 +35,15 @@ use crate::{Map, mapped::MappedBytes};
 const REQUEST: Duration = Duration::from_secs(20);
 /// Pages under way at once.
 const FETCHES: usize = 16;
+/// Pages that are checked at once, on threads beside ours.
+const CHECKS: usize = 2;
 /// Bytes of the largest page: a head, and the widest rows.
 const PAGE_BYTES_MAX: usize = 16 + MAP_PAGE_HOSTS_MAX * 26;
 /// Bytes before a head's own.
 const HEAD_DIGEST_BYTES: usize = 32;
 const FILE: &str = "map";
+/// How names of files begin that are not a restart's map yet.
+const UNSETTLED: &str = "map.new.";
 
 /// What a refresh found.
 #[derive(Clone, Debug)]
@@ -114,14 +120,18 @@ pub struct Loader {
     e_tag: Option<String>,
     held: Option<Arc<Map>>,
     pages: Vec<PageRef>,
+    unsettled: Option<NamedTempFile>,
 }
+
+/// Hosts of a page, ascending.
+type PageHosts = Vec<(HostId, HostAddr)>;
 
 impl Loader {
     /// A loader that keeps its map in `dir`, and takes up the one that is there.
     #[must_use]
     pub fn new(store: Arc<dyn ObjectStore>, dir: &Path) -> Self {
         let held = open_file(&dir.join(FILE)).ok().map(Arc::new);
-        Self { store, dir: dir.to_owned(), e_tag: None, held, pages: Vec::new() }
+        Self { store, dir: dir.to_owned(), e_tag: None, held, pages: Vec::new(), unsettled: None }
     }
 
     /// The newest good map.
@@ -130,11 +140,12 @@ impl Loader {
         self.held.as_ref()
     }
 
-    /// Looks for a newer map and takes it.
+    /// Looks for a newer map and takes it. A restart finds it from the next [`Loader::settle`] on.
     ///
     /// # Errors
     /// [`NotTaken`]; then nothing has changed.
     pub async fn refresh(&mut self) -> Result<Refresh, NotTaken> {
+        self.settle();
         let Some((bytes, e_tag)) = self.fetch_head().await? else {
             return Ok(Refresh::Unchanged);
         };
@@ -148,8 +159,8 @@ impl Loader {
                 return Ok(Refresh::Unchanged);
             }
         }
-        let (hosts, fetched) = self.hosts_of(&head).await?;
-        let map = Arc::new(self.keep(head.version, &hosts)?);
+        let (pages, fetched) = self.hosts_of(&head).await?;
+        let map = Arc::new(self.keep(head.version, &pages)?);
         self.held = Some(Arc::clone(&map));
         self.pages = head.pages;
         // Only now: a map that was not taken is looked at again.
@@ -173,32 +184,40 @@ impl Loader {
         }
     }
 
-    /// All hosts of a map, and how many pages had to be fetched.
-    async fn hosts_of(&self, head: &Head) -> Result<(Vec<(HostId, HostAddr)>, usize), NotTaken> {
+    /// All hosts of a map by its pages, and how many of these had to be fetched.
+    async fn hosts_of(&self, head: &Head) -> Result<(Vec<PageHosts>, usize), NotTaken> {
         let held: Vec<_> = head.pages.iter().map(|page| self.held_page(page)).collect();
         let missing = head.pages.iter().enumerate().filter(|(at, _)| held[*at].is_none());
         let missing: Vec<_> = missing.map(|(at, page)| (at, *page)).collect();
         let fetched = missing.len();
         let version = head.version;
-        let mut pages: Vec<Option<Vec<(HostId, HostAddr)>>> = held;
-        let mut fetches = futures::stream::iter(missing)
+        let mut pages: Vec<Option<PageHosts>> = held;
+        let mut checked = futures::stream::iter(missing)
             .map(|(index, page)| async move { (index, page, self.fetch_page(&page).await) })
-            .buffer_unordered(FETCHES);
-        while let Some((index, named, bytes)) = fetches.next().await {
-            let bytes = bytes?;
-            let page = Page::parse(&bytes, &named).map_err(|why| NotTaken::Page {
-                version,
-                index,
-                why,
-            })?;
-            pages[index] = Some(page.hosts().collect());
+            .buffer_unordered(FETCHES)
+            .map(|(index, named, bytes)| async move {
+                let bytes = bytes?;
+                let check = move || Page::parse(&bytes, &named).map(|page| page.hosts().collect());
+                let hosts = tokio::task::spawn_blocking(check).await;
+                // The check does not panic; and nothing is taken that was not checked.
+                let hosts = hosts.unwrap_or(Err(Malformed::Value));
+                hosts.map(|hosts| (index, hosts)).map_err(|why| NotTaken::Page {
+                    version,
+                    index,
+                    why,
+                })
+            })
+            .buffer_unordered(CHECKS);
+        while let Some(page) = checked.next().await {
+            let (index, hosts) = page?;
+            pages[index] = Some(hosts);
         }
-        drop(fetches);
-        Ok((pages.into_iter().flatten().flatten().collect(), fetched))
+        drop(checked);
+        Ok((pages.into_iter().flatten().collect(), fetched))
     }
 
     /// The hosts of a page if the last map holds exactly them.
-    fn held_page(&self, named: &PageRef) -> Option<Vec<(HostId, HostAddr)>> {
+    fn held_page(&self, named: &PageRef) -> Option<PageHosts> {
         let map = self.held.as_ref()?;
         let first = lower_bound(map, named.first);
         let hosts: Vec<_> = (first..map.len())
@@ -224,18 +243,45 @@ impl Loader {
         read(got, "a page of the map", bytes_max).await
     }
 
-    /// Writes, syncs, renames, maps and checks the file.
-    fn keep(&self, version: MapVersion, hosts: &[(HostId, HostAddr)]) -> Result<Map, NotTaken> {
+    /// Writes, maps and checks the file.
+    fn keep(&mut self, version: MapVersion, pages: &[PageHosts]) -> Result<Map, NotTaken> {
+        let written = || -> io::Result<(NamedTempFile, Map)> {
+            // Mode 0600.
+            let mut file = tempfile::Builder::new().prefix(UNSETTLED).tempfile_in(&self.dir)?;
+            file.write_all(&map::encode_from(version, || pages.iter().flatten().copied()))?;
+            let map = open_file(file.path())?;
+            Ok((file, map))
+        };
+        let (file, map) =
+            written().map_err(|error| NotTaken::File { path: self.dir.join(FILE), error })?;
+        self.unsettled = Some(file);
+        Ok(map)
+    }
+
+    /// Sees to it that a restart, of the machine too, finds the newest map. Call it once that is in use.
+    pub fn settle(&mut self) {
+        let Some(file) = self.unsettled.take() else { return };
         let path = self.dir.join(FILE);
-        let written = || -> io::Result<Map> {
-            let mut file = tempfile::NamedTempFile::new_in(&self.dir)?; // Mode 0600.
-            file.write_all(&map::encode(version, hosts))?;
+        let settled = || -> io::Result<()> {
             file.as_file().sync_all()?;
             file.persist(&path).map_err(|error| error.error)?;
-            std::fs::File::open(&self.dir)?.sync_all()?;
-            open_file(&path)
+            // Of processes that were killed before they came here.
+            for entry in std::fs::read_dir(&self.dir)?.flatten() {
+                if entry.file_name().as_encoded_bytes().starts_with(UNSETTLED.as_bytes()) {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+            std::fs::File::open(&self.dir)?.sync_all()
         };
-        written().map_err(|error| NotTaken::File { path: path.clone(), error })
+        if let Err(error) = settled() {
+            tracing::warn!(%error, path = %path.display(), "the map is in use, and a restart will not find it");
+        }
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.settle();
     }
 }
 

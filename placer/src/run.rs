@@ -37,6 +37,9 @@ use crate::{
 /// Who may connect.
 const CLIENTS: &[Role] = &[Role::Client, Role::Operator];
 
+/// How far the thread that loads maps stands back: a tenth of a core is its share of a busy one.
+const NICE: i32 = 10;
+
 /// What runs for a stop that takes no longer than this to show.
 const STOP: Duration = Duration::from_millis(1_500);
 
@@ -241,6 +244,9 @@ struct MapThread {
 
 impl MapThread {
     fn run(mut self, period: Duration, stop: &CancellationToken) {
+        // Launches go first where both want a core: a map is put to use a little later. Threads that this one starts are as
+        // patient. Where the kernel refuses, they share as ever.
+        let _ = rustix::process::setpriority_process(None, NICE);
         match runtime() {
             Ok(runtime) => runtime.block_on(self.refresh_until(period, stop)),
             Err(fault) => tracing::error!(%fault, "no maps are loaded"),
@@ -286,6 +292,7 @@ impl MapThread {
                     tracing::error!(%error, "the capacity table did not grow: new hosts get no launches");
                 }
                 self.tell();
+                self.loader.settle();
                 true
             }
             Err(NotTaken::NoHead) => false,

@@ -276,20 +276,20 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode, Failure> {
             figures(flags.output, &bench::pick::run(&options)?)?;
         }
         What::Heartbeat(flags) => {
-            let options = bench::heartbeat::Options {
+            let options = bench::rounds::Options {
                 hosts: flags.hosts,
                 rate: flags.rate,
                 rounds: flags.rounds,
-                ..bench::heartbeat::Options::default()
+                ..bench::heartbeat::options()
             };
             figures(flags.output, &bench::heartbeat::run(&options)?)?;
         }
         What::Feed(flags) => {
-            let options = bench::feed::Options {
+            let options = bench::rounds::Options {
                 hosts: flags.hosts,
                 rate: flags.rate,
                 rounds: flags.rounds,
-                ..bench::feed::Options::default()
+                ..bench::feed::options()
             };
             figures(flags.output, &bench::feed::run(&options)?)?;
         }

@@ -47,14 +47,14 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
             runtime
                 .block_on(heartbeat::store::init(&flags.store, flags.replicas))
                 .map_err(fault)?;
-            print(&format!("{}: the schema is there", flags.store))?;
+            print("the schema is there")?;
             // A keyspace with more copies than nodes is made without complaint, and serves nobody.
             let said = runtime.block_on(heartbeat::store::check(&flags.store)).map_err(fault)?;
-            print(&format!("{}: {said}", flags.store))
+            print(&said)
         }
         Command::Check(flags) => {
             let said = runtime.block_on(heartbeat::store::check(&flags.store)).map_err(fault)?;
-            print(&format!("{}: {said}", flags.store))
+            print(&said)
         }
     }
 }

@@ -470,7 +470,8 @@ impl Store for ScyllaStore {
         async move {
             let drains = self.drains().await.map_err(too_few)?.len();
             let nodes = self.session.get_cluster_state().get_nodes_info().len();
-            Ok(format!("scylla://{}: {nodes} nodes, tables are there, {drains} drains", self.place))
+            let nodes = if nodes == 1 { "1 node".to_owned() } else { format!("{nodes} nodes") };
+            Ok(format!("scylla://{}: {nodes}, tables are there, {drains} drains", self.place))
         }
         .boxed()
     }

@@ -17,6 +17,9 @@ use crate::{
     },
 };
 
+/// Hosts that are entered after the one whose place is asked for now.
+const AHEAD: usize = 16;
+
 /// The one who changes a table's hosts.
 #[derive(Debug)]
 pub struct Adopter {
@@ -124,13 +127,24 @@ impl Adopter {
                 (_, None) => unreachable!("one of the two has a host left"),
             }
         }
-        for host in added {
-            if table.slot_of(host).is_none() {
-                self.assign(table, host, None);
-                adopted.added += 1;
+        adopted.added = self.assign_all(table, &added);
+        adopted
+    }
+
+    /// Gives those of `hosts` a slot that have none. Ids are random, so that each one's place in the index is a cache miss:
+    /// they are asked for ahead, and waited for together.
+    fn assign_all<W: Words>(&mut self, table: &CapacityTable<W>, hosts: &[HostId]) -> usize {
+        let mut added = 0;
+        for (at, host) in hosts.iter().enumerate() {
+            if let Some(ahead) = hosts.get(at + AHEAD) {
+                table.parts().index.prefetch(*ahead);
+            }
+            if table.slot_of(*host).is_none() {
+                self.assign(table, *host, None);
+                added += 1;
             }
         }
-        adopted
+        added
     }
 
     fn adopt_all<W: Words, B: AsRef<[u8]>>(
@@ -141,7 +155,11 @@ impl Adopter {
         let mut adopted = Adopted::default();
         let mut kept = vec![false; self.len];
         let mut added = Vec::new();
+        let mut ahead = map.ids().skip(AHEAD);
         for host in map.ids() {
+            if let Some(ahead) = ahead.next() {
+                table.parts().index.prefetch(ahead);
+            }
             match table.slot_of(host) {
                 Some(slot) if (slot as usize) < kept.len() => kept[slot as usize] = true,
                 _ => added.push(host),
@@ -153,10 +171,7 @@ impl Adopter {
                 adopted.removed += 1;
             }
         }
-        for host in added {
-            self.assign(table, host, None);
-            adopted.added += 1;
-        }
+        adopted.added = self.assign_all(table, &added);
         adopted
     }
 

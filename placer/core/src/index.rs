@@ -7,6 +7,7 @@
 use wire::HostId;
 
 use crate::{
+    prefetch::prefetch,
     sync::{Cell, Ordering},
     table::{INDEX, Slot},
 };
@@ -72,6 +73,13 @@ impl<C: Cell> Index<'_, C> {
             }
         }
         None
+    }
+
+    /// Asks for the cache line where a host's entry is, or will be.
+    pub(crate) fn prefetch(&self, host: HostId) {
+        if let Some(slot) = self.slots.get(self.home(hash(host))) {
+            prefetch(slot);
+        }
     }
 
     /// Enters a host that is not there yet. One writer at a time.

@@ -45,24 +45,43 @@ pub struct MapView<B> {
 /// If they do not, or are more than [`HOSTS_MAX`].
 #[must_use]
 pub fn encode(version: MapVersion, hosts: &[(HostId, HostAddr)]) -> Vec<u8> {
-    assert!(hosts.len() <= HOSTS_MAX, "a map holds its hosts");
-    assert!(hosts.is_sorted_by(|(a, _), (b, _)| a < b), "ids ascend");
-    let port = hosts.first().map_or(0, |(_, addr)| addr.port);
-    let narrow = hosts.iter().all(|(_, addr)| addr.ip.is_ipv4() && addr.port == port);
+    encode_from(version, || hosts.iter().copied())
+}
+
+/// As [`encode`], of hosts that lie in pieces: `hosts` gives them as often as it is asked, by ascending id.
+///
+/// # Panics
+/// As [`encode`].
+#[must_use]
+pub fn encode_from<I>(version: MapVersion, hosts: impl Fn() -> I) -> Vec<u8>
+where
+    I: Iterator<Item = (HostId, HostAddr)>,
+{
+    let (mut count, mut last, mut ascend) = (0, None, true);
+    let port = hosts().next().map_or(0, |(_, addr)| addr.port);
+    let mut narrow = true;
+    for (host, addr) in hosts() {
+        count += 1;
+        ascend &= last.is_none_or(|last| last < host);
+        last = Some(host);
+        narrow &= addr.ip.is_ipv4() && addr.port == port;
+    }
+    assert!(count <= HOSTS_MAX, "a map holds its hosts");
+    assert!(ascend, "ids ascend");
     let address_bytes = if narrow { NARROW_BYTES } else { WIDE_BYTES };
-    let len = HEADER_BYTES + hosts.len() * (8 + address_bytes) + DIGEST_BYTES;
+    let len = HEADER_BYTES + count * (8 + address_bytes) + DIGEST_BYTES;
     let mut bytes = Vec::with_capacity(len);
     bytes.extend_from_slice(&MAGIC);
-    for number in [version.epoch, version.version, hosts.len() as u64] {
+    for number in [version.epoch, version.version, count as u64] {
         bytes.extend_from_slice(&number.to_le_bytes());
     }
     bytes.extend_from_slice(&[if narrow { NARROW } else { WIDE }, 0]);
     bytes.extend_from_slice(&if narrow { port } else { 0 }.to_le_bytes());
     bytes.resize(HEADER_BYTES, 0);
-    for (host, _) in hosts {
+    for (host, _) in hosts() {
         bytes.extend_from_slice(&host.0.to_le_bytes());
     }
-    for (_, addr) in hosts {
+    for (_, addr) in hosts() {
         match addr.ip {
             IpAddr::V4(ip) if narrow => bytes.extend_from_slice(&ip.octets()),
             IpAddr::V4(ip) => bytes.extend_from_slice(&ip.to_ipv6_mapped().octets()),
