@@ -159,6 +159,11 @@ pub async fn init(url: &str, replicas: u32) -> Result<(), StoreError> {
 /// # Errors
 /// [`StoreError`].
 pub async fn check(url: &str) -> Result<String, StoreError> {
+    // Opening an embedded store makes it; looking at one must not.
+    let file = url.strip_prefix("embedded://");
+    if file.is_some_and(|file| file.starts_with('/') && !std::path::Path::new(file).exists()) {
+        return Err(StoreError::NoSchema(url.to_owned()));
+    }
     open(url).await?.check().await
 }
 

@@ -73,12 +73,17 @@ impl Cassandra {
         let (cql, storage) = (free_port(), free_port());
         let place = |ip, token| Place { ip, token, seed: "127.0.0.1", cql, storage };
         // One after another: two that join at once do not see each other's tokens.
+        let began = Instant::now();
+        let up = |what: &str| println!("{what} after {:.0} s", began.elapsed().as_secs_f64());
         let mut first = Self::of(place("127.0.0.1", "-3074457345618258603"))?;
         first.answer().await?;
+        up("the first node is up");
         let mut second = Self::of(place("127.0.0.2", "0"))?;
         second.answer().await?;
+        up("the second is");
         let mut third = Self::of(place("127.0.0.3", "3074457345618258602"))?;
         third.wait(3).await?;
+        up("all three are, with tables in three copies");
         let url = format!("scylla://127.0.0.1:{cql},127.0.0.2:{cql},127.0.0.3:{cql}/volley");
         let mut ring = [first, second, third];
         ring.iter_mut().for_each(|node| node.url.clone_from(&url));

@@ -152,11 +152,19 @@ fn stores_are_proved_and_checked() {
     let ran = run(&args, home.path());
     let report: serde_json::Value = serde_json::from_str(ran.assert_done()).unwrap();
     assert_eq!(report["good"], 10, "{report}");
-    run(&["doctor", "objects", "--objects", "ftp://x"], home.path()).assert_error("config", 2);
+    run(&["doctor", "objects", "ftp://x"], home.path()).assert_error("config", 2);
     run(&["map", "show", "--objects", &objects], home.path()).assert_error("no-hosts", 5);
 
     let store = format!("embedded://{}", home.path().join("store").display());
     let path = store.trim_start_matches("embedded://");
+    // A look makes nothing.
+    run(&["store", "check", &store], home.path()).assert_error("config", 2);
+    assert!(!std::path::Path::new(path).exists());
+    let nowhere = home.path().join("no-fleet");
+    let nowhere = nowhere.to_str().unwrap();
+    for keys in ["--rotate-key", "--prune-keys"] {
+        run(&["init", nowhere, keys], home.path()).assert_error("config", 2);
+    }
     for what in ["init", "check"] {
         let ran = run(&["store", what, &store], home.path());
         assert_eq!(ran.assert_done().matches(path).count(), 1, "said once: {ran:?}");

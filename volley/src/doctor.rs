@@ -23,7 +23,7 @@ use crate::{
     after_help = "\
 Examples:
   volley doctor
-  volley doctor objects --objects s3://fleet/prod?region=eu-central-1",
+  volley doctor objects s3://fleet/prod?region=eu-central-1",
     args_conflicts_with_subcommands = true
 )]
 pub(crate) struct Flags {
@@ -49,6 +49,9 @@ struct ObjectsFlags {
     /// Rounds, of 16 writers each.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     rounds: u16,
+    /// Object store to prove, instead of the client file's: dir:///path or s3://bucket/prefix?endpoint=URL&region=R.
+    #[arg(value_name = "URL", conflicts_with = "objects")]
+    store: Option<String>,
 }
 
 /// One check of the machine.
@@ -176,17 +179,19 @@ fn read_number(path: &str) -> Option<u64> {
 }
 
 fn prove(flags: &ObjectsFlags) -> Result<(), Failure> {
-    let file = ClientFile::load(&flags.client)?;
-    let url = file.objects()?;
+    let url = match &flags.store {
+        Some(url) => url.clone(),
+        None => ClientFile::load(&flags.client)?.objects()?.to_owned(),
+    };
     let report = runtime()?.block_on(async {
-        let store = wire_net::objects::open(url)?;
+        let store = wire_net::objects::open(&url)?;
         wire_net::objects::prove(&store, usize::from(flags.rounds)).await
     })?;
     match flags.output.output {
         Form::Json => show::json(&report)?,
         Form::Table => {
             let pairs = [
-                ("store", url.to_owned()),
+                ("store", url.clone()),
                 ("rounds", format!("{} of {} writers each", report.rounds, report.writers)),
                 ("one winner", report.good.to_string()),
                 ("several winners", report.doubled.to_string()),

@@ -100,6 +100,11 @@ pub(crate) fn draw_id() -> Result<u64, Failure> {
 
 /// `volley init`.
 pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
+    let of_keys = flags.rotate_key || flags.prune_keys;
+    if of_keys && !flags.dir.join("fleet/ca.key").exists() {
+        let what = format!("{} holds no fleet whose keys could change", flags.dir.display());
+        return Err(Failure::new(Code::Config, what).hint("give the directory that init made"));
+    }
     let (mut authority, new) = authority(&flags.dir)?;
     let root =
         fs::canonicalize(&flags.dir).map_err(|error| Failure::io(flags.dir.display(), &error))?;
@@ -109,12 +114,10 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Failure> {
     if flags.prune_keys {
         let ended = authority.prune()?.into_iter().map(|epoch| epoch.0.to_string());
         let ended = ended.collect::<Vec<_>>().join(", ");
-        let said = if ended.is_empty() {
-            "there is one epoch only".to_owned()
-        } else {
-            format!("ended: {ended}")
-        };
-        return show::print(&format!("key epochs {said}; {}", handed_on(&root)));
+        if ended.is_empty() {
+            return show::print("there is one key epoch only, which stays");
+        }
+        return show::print(&format!("key epochs ended: {ended}; {}", handed_on(&root)));
     }
     let asked = usize::from(flags.hosts) + flags.tenants.len();
     if !new && asked == 0 && flags.placers.is_none() && flags.aggregators.is_none() {

@@ -4,6 +4,7 @@
 //! Left out: backups; the database's own tools do them, and hosts' heartbeats fill an empty one again.
 
 use clap::{Args, Subcommand};
+use heartbeat::store::StoreError;
 
 use crate::{failure::Failure, role::runtime, show::print};
 
@@ -59,6 +60,13 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
     }
 }
 
-fn fault(error: heartbeat::store::StoreError) -> Failure {
-    wire::Fault::from(error).into()
+fn fault(error: StoreError) -> Failure {
+    let hint = match &error {
+        StoreError::Away(_) => {
+            "is it up, and is this its address for queries (CQL, usually port 9042)?"
+        }
+        StoreError::NoSchema(_) => "run `volley store init` with the same URL",
+        _ => return wire::Fault::from(error).into(),
+    };
+    Failure::from(wire::Fault::from(error)).hint(hint)
 }
