@@ -8,6 +8,9 @@ use std::{
 
 use super::s3::{ask, free_port, script};
 
+/// Time for a node to come up: a third of a minute, on a machine that does nothing else.
+const UP_MAX: Duration = Duration::from_secs(300);
+
 /// One node.
 pub(crate) struct Cassandra {
     child: Child,
@@ -84,6 +87,12 @@ impl Cassandra {
         let mut third = Self::of(place("127.0.0.3", "3074457345618258602"))?;
         third.wait(3).await?;
         up("all three are, with tables in three copies");
+        // Each must know that others live before it can speak for a quorum.
+        for node in [&mut first, &mut second, &mut third] {
+            let url = node.url.clone();
+            node.until(async || heartbeat::store::check(&url).await.map(drop)).await?;
+        }
+        up("each of them finds a quorum");
         let url = format!("scylla://127.0.0.1:{cql},127.0.0.2:{cql},127.0.0.3:{cql}/volley");
         let mut ring = [first, second, third];
         ring.iter_mut().for_each(|node| node.url.clone_from(&url));
@@ -121,7 +130,7 @@ impl Cassandra {
         loop {
             match ask().await {
                 Ok(()) => return Ok(()),
-                Err(_) if began.elapsed() < Duration::from_secs(180) => {}
+                Err(_) if began.elapsed() < UP_MAX => {}
                 Err(error) => return Err(format!("Cassandra did not come up: {error}")),
             }
             if let Ok(Some(status)) = self.child.try_wait() {

@@ -99,6 +99,8 @@ run() {
     done
     flags="$flags --add-opens jdk.management/com.sun.management.internal=ALL-UNNAMED"
     flags="$flags --add-opens jdk.compiler/com.sun.tools.javac=ALL-UNNAMED"
+    # A node that was not reached by a change of the schema asks for it: after a minute by default, which is all the time
+    # that a driver waits for nodes to agree.
     # shellcheck disable=SC2086 # The flags are words.
     exec java -javaagent:"$lib/jamm-0.4.0.jar" -Djdk.attach.allowAttachSelf=true $flags \
         -Xms512m -Xmx512m -XX:+UseSerialGC -XX:MaxDirectMemorySize=256m -XX:+ExitOnOutOfMemoryError \
@@ -106,6 +108,7 @@ run() {
         -Dlogback.configurationFile="file://$dir/logback.xml" \
         -Dcassandra.storagedir="$dir" -Dcassandra.logdir="$dir/logs" -Dcassandra-foreground=yes \
         -Dcassandra.skip_wait_for_gossip_to_settle=0 -Dcassandra.ring_delay_ms=1 \
+        -Dcassandra.migration_delay_ms=1000 -Dcassandra.schema_pull_interval_ms=2000 \
         -Djava.net.preferIPv4Stack=true -Dio.netty.tryReflectionSetAccessible=true \
         -cp "$dir:$lib/*" org.apache.cassandra.service.CassandraDaemon >"$dir/stdout" 2>&1
 }
