@@ -113,7 +113,7 @@ impl Admin {
             Call::Drain { host, deadline_ms, message } => {
                 self.drain(host, deadline_ms, message).await
             }
-            Call::Undrain(host) => self.drains.clear(host).await.map_err(Fault::from),
+            Call::Undrain(host) => self.undrain(host).await,
             _ => Err(Fault::new(Code::BadRequest, "an aggregator does not answer this call")),
         };
         done.map_or_else(Answer::Fault, |()| Answer::Done)
@@ -125,6 +125,14 @@ impl Admin {
         })?;
         let message = self.drains.known().remove(&host).map_or_else(String::new, |d| d.message);
         Ok(record(&seen, message))
+    }
+
+    /// Of a host that is known, or of one that left and whose drain did not.
+    async fn undrain(&self, host: HostId) -> Result<(), Fault> {
+        if !self.drains.known().contains_key(&host) {
+            self.host(host).await?;
+        }
+        Ok(self.drains.clear(host).await?)
     }
 
     async fn drain(&self, host: HostId, deadline_ms: u64, message: String) -> Result<(), Fault> {

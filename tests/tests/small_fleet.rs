@@ -50,7 +50,10 @@ fn drains(fleet: &Fleet, host: &str) {
     let shown: serde_json::Value = serde_json::from_str(shown.assert_done()).unwrap();
     assert_eq!((&shown["state"], &shown["message"]), (&"drained".into(), &"a test".into()));
     let _ = fleet.run(["host", "resume", host]).assert_done();
-    fleet.run(["host", "drain", "h-00000000000000ff"]).assert_error("host-not-found", 3);
+    for what in ["drain", "resume", "inspect"] {
+        fleet.run(["host", what, "h-00000000000000ff"]).assert_error("host-not-found", 3);
+    }
+    fleet.run(["host", "ls", "--state", "tired"]).assert_error("usage", 2);
 }
 
 /// Certificates of another fleet, and of the wrong role.

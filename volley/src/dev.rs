@@ -460,14 +460,15 @@ fn next_commands(flags: &Flags, fleet: &Fleet) -> String {
         None => String::new(),
         Some(_) => format!("export VOLLEY_CLIENT={}\n  ", fleet.client_path.display()),
     };
-    let shell = match flags.boxes {
-        Boxes::Real => format!("{volley} run -it --image {IMAGE} -- sh\n  "),
-        Boxes::None => String::new(),
+    // Hosts without boxes say nothing of launches beside their heartbeats: they are asked.
+    let (shell, fresh) = match flags.boxes {
+        Boxes::Real => (format!("{volley} run -it --image {IMAGE} -- sh\n  "), ""),
+        Boxes::None => (String::new(), " --fresh"),
     };
     format!(
         "\nthe fleet stays up; in another terminal:\n  {client}{shell}\
          {volley} run --image {IMAGE} -- sh -c 'id; exit 7'\n  \
-         {volley} ls --all\n  \
+         {volley} ls --all{fresh}\n  \
          {volley} host ls\n  \
          {volley} --help\nlogs are in {}; Ctrl-C stops it",
         fleet.state.join("log").display()

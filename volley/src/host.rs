@@ -21,6 +21,9 @@ use crate::{
 /// Time between two looks of `--monitor`.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// What the capacity service says of a host.
+const STATES: [&str; 6] = ["alive", "suspect", "quarantined", "draining", "drained", "dead"];
+
 /// `volley host ...`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -42,8 +45,8 @@ pub(crate) struct ListFlags {
     client: ClientFlags,
     #[command(flatten)]
     output: Output,
-    /// Those in this state: alive, suspect, quarantined, draining, drained, dead.
-    #[arg(long, value_name = "STATE")]
+    /// Those in this state.
+    #[arg(long, value_name = "STATE", value_parser = STATES)]
     state: Option<String>,
 }
 

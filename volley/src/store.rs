@@ -62,7 +62,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
 
 fn fault(error: StoreError) -> Failure {
     let hint = match &error {
-        StoreError::Away(_) => {
+        StoreError::Away(why) if !why.contains("Not enough nodes") => {
             "is it up, and is this its address for queries (CQL, usually port 9042)?"
         }
         StoreError::NoSchema(_) => "run `volley store init` with the same URL",
