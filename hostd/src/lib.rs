@@ -29,6 +29,7 @@ mod runtime;
 mod streams;
 
 pub use config::{Boxes, Config, EgressMode, Engine, HostConfig, ShapeConfig};
+pub use hostd_sandbox::probe;
 pub use run::run;
 
 /// Whether this binary can become what [`main_if_asked`] makes of it.

@@ -75,6 +75,7 @@ fn machine(output: Output) -> Result<(), Failure> {
         root(),
         user_namespaces(),
         cgroups(),
+        boxes(),
         filesystem("overlay"),
         filesystem("erofs"),
         fuse(),
@@ -105,12 +106,33 @@ fn user_namespaces() -> Check {
 }
 
 fn cgroups() -> Check {
-    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    let v1 = ["cpu", "memory", "pids"]
-        .iter()
-        .all(|name| Path::new("/sys/fs/cgroup").join(name).join("tasks").exists());
-    let yes = if unified { "v2" } else { "v1 controllers (v1 or hybrid)" };
-    check("cgroups", unified || v1, yes, "no cgroups at /sys/fs/cgroup: limits cannot be held")
+    let root = Path::new("/sys/fs/cgroup");
+    if let Ok(there) = fs::read_to_string(root.join("cgroup.controllers")) {
+        let lacking = lacking(&["cpu", "memory", "pids"], |name| {
+            there.split_whitespace().any(|controller| controller == name)
+        });
+        let no = format!("v2 lacks {lacking}: real sandboxes need it");
+        return check("cgroups", lacking.is_empty(), "v2", &no);
+    }
+    let lacking = lacking(&["cpu", "cpuacct", "memory", "pids", "freezer"], |name| {
+        root.join(name).join("tasks").exists()
+    });
+    let no = format!("neither v2 nor v1 with {lacking} at /sys/fs/cgroup: real sandboxes need one");
+    check("cgroups", lacking.is_empty(), "v1 controllers (v1 or hybrid)", &no)
+}
+
+/// Those of some names that are not there.
+fn lacking(names: &[&str], there: impl Fn(&str) -> bool) -> String {
+    let names: Vec<_> = names.iter().copied().filter(|name| !there(name)).collect();
+    names.join(", ")
+}
+
+/// What the first box would stumble over.
+fn boxes() -> Check {
+    match hostd::probe() {
+        Ok(()) => check("mounts", true, "roots of sandboxes can be composed", ""),
+        Err(why) => check("mounts", false, "", &why),
+    }
 }
 
 fn filesystem(name: &'static str) -> Check {

@@ -1,8 +1,11 @@
 //! Control groups of boxes, on v2 and on hybrid layouts (v1 controllers on mounts of their own).
 //!
-//! One group a slot below `<our own group>/volley-<hash>` in every hierarchy that we use. On v1 groups
+//! One group a slot, `<our own group>/volley-<hash>-slot-<n>`, in every hierarchy that we use. On v1 groups
 //! are recycled, because making five of them costs more than everything else about a box; on v2 each
-//! box gets a fresh one. Left out: io and cpuset, devices (mounts in a box are `nodev` instead).
+//! box gets a fresh one. No group holds all boxes: what bombs used of its share would be taken from their
+//! neighbours, whose every wake-up then waits for its turn against the rest of the machine (a box's p99 was
+//! ten times as long beside five bombs on busy cores). As it is each box has a share of its own, by its shape.
+//! Left out: io and cpuset, devices (mounts in a box are `nodev` instead).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,7 +17,7 @@ use crate::spec::Stats;
 const V1: [&str; 5] = ["cpu", "cpuacct", "memory", "pids", "freezer"];
 const CPU_PERIOD_US: u64 = 100_000;
 
-/// Where our groups live: one parent directory a hierarchy.
+/// Where our groups live: in each hierarchy the path that all of their paths begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// One v2 hierarchy with its controllers.
@@ -70,32 +73,13 @@ fn own_group(cgroup_file: &str, controller: &str) -> Option<String> {
 }
 
 impl Layout {
-    /// Finds the layout below `root` for a process whose `/proc/self/cgroup` is given, and makes the
-    /// parent groups.
+    /// Finds the layout below `root` for a process whose `/proc/self/cgroup` is given, and makes it one in
+    /// which groups can be made.
     pub(crate) fn prepare(root: &Path, cgroup_file: &str, name: &str) -> io::Result<Self> {
         let layout = Self::find(root, cgroup_file, name)?;
-        if let Self::V2(parent) = &layout {
-            let base = parent.parent().unwrap_or(root);
+        if let Self::V2(prefix) = &layout {
+            let base = prefix.parent().unwrap_or(root);
             delegate(base, &base.join(format!("{name}-host")))?;
-        }
-        for parent in layout.parents() {
-            fs::create_dir_all(parent)?;
-        }
-        // All boxes together weigh as much as a busy process a core; by default they would weigh as
-        // much as one.
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        match &layout {
-            Self::V2(parent) => {
-                let _ = put(&parent.join("cpu.weight"), &(100 * cores).min(10_000).to_string());
-            }
-            Self::V1(list) => {
-                if let Some((_, parent)) = list.iter().find(|(c, _)| *c == "cpu") {
-                    let _ = put(&parent.join("cpu.shares"), &(1024 * cores).to_string());
-                }
-            }
-        }
-        if let Self::V2(parent) = &layout {
-            put(&parent.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
         }
         Ok(layout)
     }
@@ -128,31 +112,36 @@ impl Layout {
         Ok(Self::V1(found))
     }
 
-    /// Parent directories, one a hierarchy.
-    pub(crate) fn parents(&self) -> Vec<&Path> {
-        match self {
-            Self::V2(p) => vec![p],
+    /// Every group of ours, in all hierarchies.
+    fn groups(&self) -> Vec<PathBuf> {
+        let prefixes: Vec<&Path> = match self {
+            Self::V2(prefix) => vec![prefix],
             Self::V1(list) => {
                 // `cpu` and `cpuacct` are often one mount by two names.
-                let mut paths: Vec<&Path> = list.iter().map(|(_, p)| p.as_path()).collect();
-                paths.dedup_by_key(|p| fs::canonicalize(*p).unwrap_or_else(|_| p.to_path_buf()));
-                paths
+                let mut prefixes: Vec<&Path> = list.iter().map(|(_, p)| p.as_path()).collect();
+                prefixes.dedup_by_key(|p| p.parent().map(fs::canonicalize).and_then(Result::ok));
+                prefixes
             }
-        }
+        };
+        let ours = |prefix: &Path| {
+            let name = slot_dir(prefix, "");
+            let ours = move |dir: &PathBuf| {
+                dir.as_os_str().as_encoded_bytes().starts_with(name.as_os_str().as_encoded_bytes())
+            };
+            subgroups(prefix.parent().unwrap_or(prefix)).into_iter().filter(ours)
+        };
+        prefixes.into_iter().flat_map(ours).collect()
     }
 
     /// Processes in any group of ours.
     pub(crate) fn processes(&self) -> Vec<i32> {
-        let parents = self.parents();
+        let mut dirs = self.groups();
         let mut pids = Vec::new();
-        for parent in parents {
-            let mut dirs = vec![parent.to_path_buf()];
-            while let Some(dir) = dirs.pop() {
-                if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
-                    pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
-                }
-                dirs.extend(subgroups(&dir));
+        while let Some(dir) = dirs.pop() {
+            if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
+                pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
             }
+            dirs.extend(subgroups(&dir));
         }
         pids.sort_unstable();
         pids.dedup();
@@ -161,32 +150,31 @@ impl Layout {
 
     /// Thaws every group, so that a kill reaches frozen processes.
     pub(crate) fn thaw_all(&self) {
-        for parent in self.parents() {
-            for dir in subgroups(parent) {
-                let _ = put(&dir.join("freezer.state"), "THAWED");
-                let _ = put(&dir.join("cgroup.freeze"), "0");
-            }
+        for dir in self.groups() {
+            let _ = put(&dir.join("freezer.state"), "THAWED");
+            let _ = put(&dir.join("cgroup.freeze"), "0");
         }
     }
 
     /// Removes every empty group of ours. Returns how many are left.
     pub(crate) fn remove_all(&self) -> usize {
         let mut left = 0;
-        for parent in self.parents() {
-            for dir in subgroups(parent) {
-                for inner in subgroups(&dir) {
-                    let _ = fs::remove_dir(inner);
-                }
-                if fs::remove_dir(&dir).is_err() {
-                    left += 1;
-                }
+        for dir in self.groups() {
+            for inner in subgroups(&dir) {
+                let _ = fs::remove_dir(inner);
             }
-            if parent.exists() && fs::remove_dir(parent).is_err() {
+            if fs::remove_dir(&dir).is_err() {
                 left += 1;
             }
         }
         left
     }
+}
+
+/// The group of a slot.
+fn slot_dir(prefix: &Path, slot: &str) -> PathBuf {
+    let name = prefix.file_name().unwrap_or_default().to_string_lossy();
+    prefix.with_file_name(format!("{name}-slot-{slot}"))
 }
 
 fn subgroups(dir: &Path) -> Vec<PathBuf> {
@@ -230,21 +218,22 @@ enum Dirs {
 }
 
 impl Group {
-    /// Makes or recycles the groups named `name`, and limits them.
-    pub(crate) fn make(layout: &Layout, name: &str, limits: &GroupLimits) -> io::Result<Self> {
+    /// Makes or recycles the groups of a slot, and limits them.
+    pub(crate) fn make(layout: &Layout, slot: u32, limits: &GroupLimits) -> io::Result<Self> {
+        let slot = slot.to_string();
         let dirs = match layout {
-            Layout::V2(parent) => {
-                let dir = parent.join(name);
+            Layout::V2(prefix) => {
+                let dir = slot_dir(prefix, &slot);
                 let _ = fs::remove_dir(&dir);
                 fs::create_dir(&dir)?;
                 Dirs::V2(dir)
             }
-            Layout::V1(parents) => {
+            Layout::V1(prefixes) => {
                 let of = |controller: &str| -> io::Result<PathBuf> {
-                    let parent = parents.iter().find(|(c, _)| *c == controller);
-                    let (_, parent) =
-                        parent.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-                    let dir = parent.join(name);
+                    let prefix = prefixes.iter().find(|(c, _)| *c == controller);
+                    let (_, prefix) =
+                        prefix.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+                    let dir = slot_dir(prefix, &slot);
                     match fs::create_dir(&dir) {
                         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
                         _ => Ok(dir),
@@ -297,6 +286,9 @@ impl Group {
         match &self.dirs {
             Dirs::V2(dir) => {
                 put(&dir.join("cpu.max"), &format!("{quota} {CPU_PERIOD_US}"))?;
+                // A core's worth weighs as much as a process of the host, which weighs 100.
+                let weight = (limits.cpu_millis / 10).clamp(1, 10_000);
+                put(&dir.join("cpu.weight"), &weight.to_string())?;
                 put(&dir.join("memory.max"), &memory_max)?;
                 let _ = put(&dir.join("memory.swap.max"), "0");
                 put(&dir.join("pids.max"), &pids)

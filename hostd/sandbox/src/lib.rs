@@ -16,6 +16,7 @@ mod fork;
 mod inside;
 mod msg;
 mod packet;
+mod probe;
 mod spawner;
 mod spec;
 mod start;
@@ -26,6 +27,7 @@ mod syscalls;
 pub use client::{Events, Spawner};
 pub use error::{ClaimError, Fault, Refusal, StartError};
 pub use inside::ENTRIES_MAX;
+pub use probe::probe;
 pub use spawner::main_if_asked;
 pub use spec::{
     BoxNetwork, ClaimSpec, Config, EXITS_MAX, Event, Executed, ExitStatus, Exited, FileAnswer,

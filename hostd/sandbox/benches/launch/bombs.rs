@@ -5,7 +5,9 @@ use hostd_sandbox::{ClaimSpec, Limits, Program, RootSpec, bench};
 #[path = "../../tests/house/mod.rs"]
 mod house;
 
-use crate::{Bench, Table, ms, number, quantile, quantiles, spec};
+use hostd_sandbox::Steps;
+
+use crate::{Bench, Table, ms, number, print_steps, quantile, quantiles, spec};
 
 const BOMBS: [(&str, &str); 5] = [
     ("processes", "f() { f | f & }; f & exec sleep 1000"),
@@ -18,9 +20,13 @@ const BOMBS: [(&str, &str); 5] = [
 pub(crate) fn run(bench: &mut Bench, table: &mut Table) {
     let rounds = number("VOLLEY_ROUNDS", 300);
     let shell = house::root();
-    let quiet = quantiles("a neighbour alone", times(bench, rounds, 4 << 64));
+    let wanted = std::env::var("VOLLEY_BOMBS").unwrap_or_default();
+    let quiet = told("a neighbour alone", &times(bench, rounds, 4 << 64));
     let mut running = Vec::new();
-    for (nth, (_, bomb)) in (0_u128..).zip(BOMBS) {
+    for (nth, (name, bomb)) in (0_u128..).zip(BOMBS) {
+        if !wanted.is_empty() && !wanted.split(',').any(|w| w == name) {
+            continue;
+        }
         let limits = Limits {
             // A tenth of a core each: the rest is the neighbour's.
             cpu_millis: Some(100),
@@ -36,7 +42,7 @@ pub(crate) fn run(bench: &mut Bench, table: &mut Table) {
         };
         running.push(bench.spawner.claim_blocking(spec).unwrap());
     }
-    let loud = quantiles("beside five bombs", times(bench, rounds, 6 << 64));
+    let loud = told("beside five bombs", &times(bench, rounds, 6 << 64));
     for bomb in &running {
         // One that the kernel has ended for want of memory is gone already.
         let _ = bench.runtime.block_on(bench.spawner.kill(bomb.id));
@@ -56,7 +62,16 @@ pub(crate) fn run(bench: &mut Bench, table: &mut Table) {
     }
 }
 
-fn times(bench: &mut Bench, rounds: usize, ids: u128) -> Vec<u64> {
+type Time = (u64, Steps, u64);
+
+/// Prints them with their steps; returns them sorted.
+fn told(name: &str, times: &[Time]) -> Vec<u64> {
+    let sorted = quantiles(name, times.iter().map(|(start, _, first)| first - start).collect());
+    print_steps(times);
+    sorted
+}
+
+fn times(bench: &mut Bench, rounds: usize, ids: u128) -> Vec<Time> {
     (0..rounds)
         .map(|round| {
             let start = bench::now_ns();
@@ -65,7 +80,7 @@ fn times(bench: &mut Bench, rounds: usize, ids: u128) -> Vec<u64> {
             let first = bench::read_first_instruction(running.stdio.stdout.unwrap()).unwrap();
             crate::wait_for_end(bench, (round as u128 | ids).to_be_bytes());
             std::thread::sleep(std::time::Duration::from_millis(2));
-            first - start
+            (start, running.steps, first)
         })
         .collect()
 }

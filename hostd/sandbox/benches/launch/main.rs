@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p hostd-sandbox`, as root. Rounds of each kind alternate, so that all see the same machine. What was
 //! measured is told as it comes, and at the end the table. `VOLLEY_ROUNDS` (300), `VOLLEY_LIVES` (2000) and `VOLLEY_IDLE`
-//! (1000) bound it. `VOLLEY_SOAK=100000` runs so many lives instead, and says what they left behind.
+//! (1000) bound it. `VOLLEY_ONLY=latency|bombs` runs that part alone, `VOLLEY_BOMBS=memory,log` with these bombs alone. `VOLLEY_SOAK=100000` runs so many lives instead, and says what they left behind.
 
 #![allow(clippy::unwrap_used, reason = "a bench stops at the first surprise")]
 
@@ -95,6 +95,17 @@ fn main() {
         soak::run(&mut bench, soak, &mut table);
         table.print();
         bench.runtime.block_on(bench.spawner.shutdown(true)).unwrap();
+        return;
+    }
+    let only = std::env::var("VOLLEY_ONLY").unwrap_or_default();
+    if !only.is_empty() {
+        match only.as_str() {
+            "latency" => drop(latency(&mut bench, &mut table)),
+            "bombs" => bombs::run(&mut bench, &mut table),
+            other => println!("VOLLEY_ONLY={other}: no such part"),
+        }
+        bench.runtime.block_on(bench.spawner.shutdown(true)).unwrap();
+        table.print();
         return;
     }
     let median = latency(&mut bench, &mut table);
@@ -202,7 +213,7 @@ fn latency(bench: &mut Bench, table: &mut Table) -> u64 {
     median
 }
 
-fn print_steps(steps: &[(u64, Steps, u64)]) {
+pub(crate) fn print_steps(steps: &[(u64, Steps, u64)]) {
     type Step = (&'static str, fn(&(u64, Steps, u64)) -> u64);
     let named: [Step; 9] = [
         ("  cloned and sent", |(t, s, _)| s.claim_sent - t),

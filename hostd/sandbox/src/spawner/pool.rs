@@ -155,7 +155,7 @@ impl Spawning {
         let group = match self.groups.remove(&slot) {
             // One that cannot be reset is dropped here and found again by its name.
             Some(mut group) => group.reset().and_then(|()| group.limit(&limits)).map(|()| group),
-            None => Group::make(&self.layout, &format!("slot-{slot}"), &limits),
+            None => Group::make(&self.layout, slot, &limits),
         };
         let group = match group {
             Ok(group) => group,

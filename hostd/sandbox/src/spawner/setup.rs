@@ -73,6 +73,7 @@ fn prepare() -> Result<Spawning, String> {
     let stage = Path::new(&config.state_dir).join("stage");
     std::fs::create_dir_all(&stage).map_err(say("stage directory"))?;
     let stage = stage.to_string_lossy().into_owned();
+    crate::probe::probe()?;
     let dev = private_mounts(&stage).map_err(say("private mounts"))?;
     crate::sweep::sweep_groups(&config);
     let own = std::fs::read_to_string("/proc/self/cgroup").map_err(say("own cgroup"))?;
