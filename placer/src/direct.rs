@@ -24,7 +24,7 @@ use wire_net::{
 
 use crate::{
     dispatch::{Asked, Ended, Flight, News, news_of},
-    known::Entered,
+    known::{Entered, Seat},
     pool::{Link, Outstanding},
     worker::Worker,
 };
@@ -75,6 +75,7 @@ impl Arrived {
 pub(crate) struct Direct {
     launch: Launch,
     arrived: Arrived,
+    seat: Seat,
     host: HostId,
     _outstanding: Outstanding,
 }
@@ -205,8 +206,8 @@ impl Worker {
         let start = asked.head.budget_ms > 0;
         let digest = self.known.digest(asked.request);
         match self.known.enter(asked.id, asked.tenant, digest, start) {
-            Entered::New if !asked.head.named && self.shared.store.is_none() => {
-                self.go(now, arrived);
+            Entered::New(seat) if !asked.head.named && self.shared.store.is_none() => {
+                self.go(now, arrived, seat);
             }
             entered => {
                 let worker = Rc::clone(self);
@@ -220,7 +221,7 @@ impl Worker {
     }
 
     /// Begins a launch: directly if its host has a warm connection.
-    fn go(self: &Rc<Self>, now: Micros, arrived: Arrived) {
+    fn go(self: &Rc<Self>, now: Micros, arrived: Arrived, seat: Seat) {
         let asked = arrived.asked();
         // Its budget runs from when it came.
         let (launch, step) = self.decide(|dispatch, table| {
@@ -233,7 +234,7 @@ impl Worker {
             return self.go_on(arrived, launch, HostId(0), Some(step), Flight::Nothing);
         };
         match self.addr_of(host).and_then(|addr| self.pool.open(host, addr.into())) {
-            Some(link) => self.send_direct(now, arrived, launch, host, budget_ms, &link),
+            Some(link) => self.send_direct(now, arrived, seat, launch, (host, budget_ms), &link),
             None => self.go_on(arrived, launch, host, Some(step), Flight::Nothing),
         }
     }
@@ -242,9 +243,9 @@ impl Worker {
         self: &Rc<Self>,
         now: Micros,
         arrived: Arrived,
+        seat: Seat,
         mut launch: Launch,
-        host: HostId,
-        budget_ms: u32,
+        (host, budget_ms): (HostId, u32),
         link: &Rc<Link>,
     ) {
         self.metrics.attempts.inc();
@@ -256,7 +257,7 @@ impl Worker {
         let head = LaunchHead { budget_ms, named: false };
         let mut directs = self.directs.borrow_mut();
         let outstanding = link.outstanding();
-        let token = directs.put(Direct { launch, arrived, host, _outstanding: outstanding });
+        let token = directs.put(Direct { launch, arrived, seat, host, _outstanding: outstanding });
         let Some((_, Some(direct))) = directs.slot(token) else { return };
         let sent = link.lane.launch_direct(token, head, direct.arrived.asked().request);
         match sent {
@@ -317,12 +318,12 @@ impl Worker {
             direct.launch.handle_reply(now, direct.host, reply, table, dispatch);
             direct.launch.poll(now, table, dispatch)
         });
-        let Some(Direct { launch, arrived, host, .. }) = directs.take(token) else { return };
+        let Some(Direct { launch, arrived, seat, host, .. }) = directs.take(token) else { return };
         drop(directs);
         let Step::Done(Outcome::Started(started)) = step else {
             return self.go_on(arrived, launch, host, Some(step), Flight::Nothing);
         };
-        self.known.leave_started(arrived.asked.id, started);
+        self.known.leave_started(seat, started);
         self.metrics.started.inc();
         self.done_at(now, &arrived);
         arrived.lane.outstanding.set(arrived.lane.outstanding.get() - 1);
@@ -381,7 +382,7 @@ impl Worker {
             }
             let Some(direct) = directs.take(token) else { continue };
             drop(directs);
-            let Direct { launch, arrived, host, _outstanding } = direct;
+            let Direct { launch, arrived, host, .. } = direct;
             self.go_on(arrived, launch, host, Some(step), Flight::Nothing);
         }
     }

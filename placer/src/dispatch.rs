@@ -191,8 +191,8 @@ impl Worker {
     ) -> LaunchReply {
         let ended = match entered {
             // The rare ways are boxed: this future is allocated for each launch (see the test below).
-            Entered::New if asked.head.named => Box::pin(self.drive_named(asked)).await,
-            Entered::New => self.drive(asked).await,
+            Entered::New(_) if asked.head.named => Box::pin(self.drive_named(asked)).await,
+            Entered::New(_) => self.drive(asked).await,
             Entered::Pinned(host) => Box::pin(self.ask_pinned(asked, host)).await,
             Entered::Started(started) => {
                 self.metrics.known.inc();

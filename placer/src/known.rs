@@ -2,23 +2,28 @@
 //!
 //! The same id again, over whatever connection, joins the launch under way or gets the same answer; it never starts a
 //! second one. A launch of unknown outcome stays pinned to its host, and a cancelled one stays cancelled. What failed is
-//! forgotten at once, so that it may be tried again. The table is bounded: each thread drops its oldest ended entries, and a launch dropped here is
-//! still known to its host.
+//! forgotten at once, so that it may be tried again. The table is bounded: it lies in shards, each of which drops its oldest ended
+//! launches, and a launch dropped here is still known to its host.
+//!
+//! A launch costs a few cache misses here and little else, so that its row is looked up once: whoever entered it holds its [`Seat`].
 
 use std::{
-    cell::RefCell,
-    collections::{VecDeque, hash_map::RandomState},
+    collections::hash_map::RandomState,
     hash::BuildHasher,
-    sync::Arc,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use dashmap::{DashMap, Entry};
+use crossbeam::utils::CachePadded;
 use tokio::sync::oneshot;
 use wire::{
     HostId, LaunchId,
     hash::Seeded,
     launch::{LaunchReply, Started},
+    rows::{Place, Rows},
 };
+
+/// Shards: so many that two threads seldom meet in one.
+const SHARDS: usize = 64;
 
 /// Repetitions that wait for one launch; more are told to come again.
 const JOINED_MAX: usize = 1_024;
@@ -46,13 +51,13 @@ enum Stage {
 /// What is known of an id that comes in.
 #[derive(Debug)]
 pub(crate) enum Entered {
-    /// Nothing: it is under way now, and ends with [`KnownHere::leave`].
-    New,
+    /// Nothing: it is under way now, and ends with [`Known::leave`].
+    New(Seat),
     /// It is under way: the reply comes here. An error means that it was given up with its thread.
     Joined(oneshot::Receiver<LaunchReply>),
     /// It runs.
     Started(Started),
-    /// Ask this host only. It is under way now, and ends with [`KnownHere::leave`].
+    /// Ask this host only. It is under way now, and ends with [`Known::leave`].
     Pinned(HostId),
     /// It was cancelled.
     Cancelled,
@@ -81,34 +86,56 @@ pub(crate) enum Left {
     Pinned(HostId),
 }
 
+/// Where a launch under way is known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seat {
+    shard: usize,
+    place: Place,
+}
+
+/// Launches whose ids fall into one shard. Those that have ended are in the rows' queue.
+#[derive(Debug)]
+struct Shard {
+    launches: Rows<Launch>,
+    ended: usize,
+}
+
 /// All threads' launches by id.
 #[derive(Debug)]
 pub(crate) struct Known {
-    launches: DashMap<LaunchId, Launch, Seeded>,
+    shards: Box<[CachePadded<Mutex<Shard>>]>,
+    /// Draws the shard; not the seed of the shards themselves.
+    draw: Seeded,
     /// For names and bodies, which strangers choose at any length.
     names: RandomState,
-}
-
-impl Default for Known {
-    fn default() -> Self {
-        let names = RandomState::new();
-        let seed = names.hash_one("ids");
-        Self { launches: DashMap::with_hasher(Seeded::new(seed)), names }
-    }
-}
-
-/// One thread's door to them: it knows which entries it must drop one day.
-#[derive(Debug)]
-pub(crate) struct KnownHere {
-    all: Arc<Known>,
-    ended: RefCell<VecDeque<LaunchId>>,
+    /// Ended launches that a shard keeps.
     ended_max: usize,
 }
 
-impl KnownHere {
-    /// A thread's door; it keeps `ended_max` launches that have ended.
-    pub(crate) fn new(all: Arc<Known>, ended_max: usize) -> Self {
-        Self { all, ended: RefCell::default(), ended_max }
+impl Known {
+    /// Keeps some `ended_max` launches that have ended, at least one a shard.
+    pub(crate) fn new(ended_max: usize) -> Self {
+        let names = RandomState::new();
+        let shard = |at: usize| {
+            let launches = Rows::new(names.hash_one(at));
+            CachePadded::new(Mutex::new(Shard { launches, ended: 0 }))
+        };
+        Self {
+            shards: (0..SHARDS).map(shard).collect(),
+            draw: Seeded::new(names.hash_one("ids")),
+            names,
+            ended_max: ended_max.div_ceil(SHARDS),
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "a remainder of 64")]
+    fn shard_of(&self, id: &LaunchId) -> usize {
+        (self.draw.hash_one(id) % SHARDS as u64) as usize
+    }
+
+    fn shard(&self, at: usize) -> MutexGuard<'_, Shard> {
+        // Nothing panics under the lock.
+        self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A launch comes in; with `start`, one that is not known is under way from now on.
@@ -119,34 +146,38 @@ impl KnownHere {
         digest: BodyDigest,
         start: bool,
     ) -> Entered {
-        match self.all.launches.entry(id) {
-            Entry::Vacant(vacant) => {
-                if !start {
-                    return Entered::Nothing;
-                }
-                vacant.insert(Launch { digest, tenant, stage: Stage::UnderWay(Vec::new()) });
-                Entered::New
+        let at = self.shard_of(&id);
+        let shard = &mut *self.shard(at);
+        let Some(place) = shard.launches.find(&id) else {
+            if !start {
+                return Entered::Nothing;
             }
-            Entry::Occupied(mut occupied) => {
-                let launch = occupied.get_mut();
-                if launch.digest != digest {
-                    return Entered::Conflict;
-                }
-                match &mut launch.stage {
-                    Stage::Started(started) => Entered::Started(*started),
-                    Stage::Cancelled => Entered::Cancelled,
-                    Stage::Pinned(host) => {
-                        let host = *host;
-                        launch.stage = Stage::UnderWay(Vec::new());
-                        Entered::Pinned(host)
-                    }
-                    Stage::UnderWay(joined) if joined.len() >= JOINED_MAX => Entered::Crowded,
-                    Stage::UnderWay(joined) => {
-                        let (sender, receiver) = oneshot::channel();
-                        joined.push(sender);
-                        Entered::Joined(receiver)
-                    }
-                }
+            // Here and not when one ends: its room is this launch's, and is in the cache now.
+            if shard.ended >= self.ended_max {
+                shard.drop_oldest();
+            }
+            let launch = Launch { digest, tenant, stage: Stage::UnderWay(Vec::new()) };
+            return Entered::New(Seat { shard: at, place: shard.launches.insert(id, launch) });
+        };
+        let Some(launch) = shard.launches.get_mut(place) else { return Entered::Nothing };
+        if launch.digest != digest {
+            return Entered::Conflict;
+        }
+        match &mut launch.stage {
+            Stage::Started(started) => Entered::Started(*started),
+            Stage::Cancelled => Entered::Cancelled,
+            Stage::Pinned(host) => {
+                let host = *host;
+                launch.stage = Stage::UnderWay(Vec::new());
+                shard.launches.step_out(place);
+                shard.ended -= 1;
+                Entered::Pinned(host)
+            }
+            Stage::UnderWay(joined) if joined.len() >= JOINED_MAX => Entered::Crowded,
+            Stage::UnderWay(joined) => {
+                let (sender, receiver) = oneshot::channel();
+                joined.push(sender);
+                Entered::Joined(receiver)
             }
         }
     }
@@ -158,47 +189,59 @@ impl KnownHere {
             Left::Pinned(host) => Some(Stage::Pinned(host)),
             Left::Failed => None,
         };
-        let kept = remembered.is_some();
-        // No guard is held beyond this: dropping an old entry below may want the same shard.
-        let stage = match remembered {
-            Some(stage) => {
-                let Some(mut launch) = self.all.launches.get_mut(&id) else { return };
-                std::mem::replace(&mut launch.stage, stage)
-            }
-            None => match self.all.launches.remove(&id) {
-                Some((_, launch)) => launch.stage,
-                None => return,
-            },
-        };
-        if let Stage::UnderWay(joined) = stage {
-            for waiting in joined {
-                // Who waited may have gone.
-                let _ = waiting.send(reply.clone());
-            }
-        }
-        if kept {
-            self.remember(id);
+        let shard = self.shard_of(&id);
+        let place = self.shard(shard).launches.find(&id);
+        let Some(place) = place else { return };
+        for waiting in self.end(Seat { shard, place }, remembered) {
+            // Who waited may have gone.
+            let _ = waiting.send(reply.clone());
         }
     }
 
-    /// As [`KnownHere::leave`], for a launch that runs.
-    pub(crate) fn leave_started(&self, id: LaunchId, started: Started) {
-        self.leave(id, Left::Started(started), &LaunchReply::Started(started));
+    /// As [`Known::leave`], for a launch that runs and was new.
+    pub(crate) fn leave_started(&self, seat: Seat, started: Started) {
+        for waiting in self.end(seat, Some(Stage::Started(started))) {
+            let _ = waiting.send(LaunchReply::Started(started));
+        }
+    }
+
+    /// Ends what is under way; returns who joined.
+    fn end(&self, seat: Seat, stage: Option<Stage>) -> Vec<oneshot::Sender<LaunchReply>> {
+        let Seat { shard, place } = seat;
+        let shard = &mut *self.shard(shard);
+        let Some(launch) = shard.launches.get_mut(place) else { return Vec::new() };
+        let Stage::UnderWay(joined) = &mut launch.stage else { return Vec::new() };
+        let joined = std::mem::take(joined);
+        match stage {
+            Some(stage) => {
+                launch.stage = stage;
+                shard.launches.line_up(place);
+                shard.ended += 1;
+            }
+            None => {
+                shard.launches.remove(place);
+            }
+        }
+        joined
     }
 
     /// What a tenant's name is known by.
     pub(crate) fn hash(&self, tenant: &str) -> u64 {
-        self.all.names.hash_one(tenant)
+        self.names.hash_one(tenant)
     }
 
     /// The digest of a request's bytes.
     pub(crate) fn digest(&self, request: &[u8]) -> BodyDigest {
-        self.all.names.hash_one(request)
+        self.names.hash_one(request)
     }
 
     /// Looks for a launch that `tenant` (an operator, if empty) wants to cancel.
     pub(crate) fn find(&self, id: LaunchId, tenant: &str) -> Found {
-        let Some(mut launch) = self.all.launches.get_mut(&id) else { return Found::Nothing };
+        let shard = &mut *self.shard(self.shard_of(&id));
+        let place = shard.launches.find(&id);
+        let Some(launch) = place.and_then(|place| shard.launches.get_mut(place)) else {
+            return Found::Nothing;
+        };
         if !tenant.is_empty() && launch.tenant != self.hash(tenant) {
             return Found::Nothing;
         }
@@ -216,21 +259,21 @@ impl KnownHere {
 
     /// A launch was cancelled where it was: the same id again is told so.
     pub(crate) fn cancelled(&self, id: LaunchId) {
-        if let Some(mut launch) = self.all.launches.get_mut(&id)
+        let shard = &mut *self.shard(self.shard_of(&id));
+        let place = shard.launches.find(&id);
+        if let Some(launch) = place.and_then(|place| shard.launches.get_mut(place))
             && !matches!(launch.stage, Stage::UnderWay(_))
         {
             launch.stage = Stage::Cancelled;
         }
     }
+}
 
-    fn remember(&self, id: LaunchId) {
-        let mut ended = self.ended.borrow_mut();
-        ended.push_back(id);
-        if ended.len() > self.ended_max
-            && let Some(oldest) = ended.pop_front()
-        {
-            let over = |_: &_, launch: &Launch| !matches!(launch.stage, Stage::UnderWay(_));
-            self.all.launches.remove_if(&oldest, over);
+impl Shard {
+    fn drop_oldest(&mut self) {
+        if let Some(oldest) = self.launches.oldest() {
+            self.launches.remove(oldest);
+            self.ended -= 1;
         }
     }
 }
@@ -244,36 +287,35 @@ mod tests {
     const ID: LaunchId = LaunchId([7; 16]);
     const ACME: u64 = 5;
 
-    fn known(ended_max: usize) -> KnownHere {
-        KnownHere::new(Arc::default(), ended_max)
-    }
-
     fn failed() -> LaunchReply {
         LaunchReply::Failed(Fault::new(Code::NoCapacity, "full"))
     }
 
     #[test]
     fn a_repeated_id_joins_and_gets_the_same_reply() {
-        let known = known(8);
-        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
+        let known = Known::new(8);
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New(_)));
         assert!(matches!(known.enter(ID, ACME, 2, true), Entered::Conflict));
         let Entered::Joined(mut joined) = known.enter(ID, ACME, 1, false) else { panic!() };
         known.leave(ID, Left::Failed, &failed());
         assert_eq!(joined.try_recv().unwrap(), failed());
-        assert!(matches!(known.enter(ID, ACME, 2, true), Entered::New), "what failed is forgotten");
+        assert!(
+            matches!(known.enter(ID, ACME, 2, true), Entered::New(_)),
+            "what failed is forgotten"
+        );
     }
 
     #[test]
     fn a_launch_that_nobody_knows_is_not_started_by_asking() {
-        let known = known(8);
+        let known = Known::new(8);
         assert!(matches!(known.enter(ID, ACME, 1, false), Entered::Nothing));
-        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New(_)));
     }
 
     #[test]
     fn an_unknown_launch_stays_on_its_host() {
-        let known = known(8);
-        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New));
+        let known = Known::new(8);
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New(_)));
         known.leave(ID, Left::Pinned(HostId(3)), &failed());
         assert!(matches!(known.enter(ID, ACME, 1, false), Entered::Pinned(HostId(3))));
         assert!(matches!(known.enter(ID, ACME, 1, true), Entered::Joined(_)));
@@ -281,8 +323,8 @@ mod tests {
 
     #[test]
     fn a_cancelled_launch_is_told_so_and_others_do_not_find_it() {
-        let known = known(8);
-        assert!(matches!(known.enter(ID, known.hash("acme"), 1, true), Entered::New));
+        let known = Known::new(8);
+        assert!(matches!(known.enter(ID, known.hash("acme"), 1, true), Entered::New(_)));
         known.leave(ID, Left::Pinned(HostId(3)), &failed());
         assert!(matches!(known.find(ID, "other"), Found::Nothing));
         assert!(matches!(known.find(ID, ""), Found::At(HostId(3))));
@@ -293,13 +335,29 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded() {
-        let known = known(2);
-        // More than there are shards, so that some are met twice.
-        for at in 0..=u8::MAX {
-            let id = LaunchId([at; 16]);
-            assert!(matches!(known.enter(id, ACME, 1, true), Entered::New));
-            known.leave(id, Left::Pinned(HostId(1)), &failed());
+        let known = Known::new(2 * SHARDS);
+        let id = |n: u16| LaunchId(u128::from(n).to_le_bytes());
+        for n in 0..10_000 {
+            assert!(matches!(known.enter(id(n), ACME, 1, true), Entered::New(_)));
+            known.leave(id(n), Left::Pinned(HostId(1)), &failed());
         }
-        assert_eq!(known.all.launches.len(), 2);
+        let kept = |n: &u16| matches!(known.find(id(*n), ""), Found::At(_));
+        assert_eq!((0..10_000).filter(kept).count(), 2 * SHARDS);
+        assert!(kept(&9_999), "the newest stay");
+        assert!((0..5_000).all(|n| !kept(&n)), "the oldest go");
+    }
+
+    #[test]
+    fn a_launch_that_is_under_way_again_is_not_dropped() {
+        let known = Known::new(1);
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::New(_)));
+        known.leave(ID, Left::Pinned(HostId(3)), &failed());
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::Pinned(_)));
+        for n in 0..1_000u128 {
+            let other = LaunchId(n.to_le_bytes());
+            let Entered::New(seat) = known.enter(other, ACME, 1, true) else { panic!() };
+            known.end(seat, Some(Stage::Pinned(HostId(1))));
+        }
+        assert!(matches!(known.enter(ID, ACME, 1, true), Entered::Joined(_)));
     }
 }

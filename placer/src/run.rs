@@ -67,7 +67,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Fault> {
     let shared = Arc::new(Shared {
         identity,
         fleet: Arc::clone(keeper.fleet()),
-        known: Arc::new(Known::default()),
+        known: Arc::new(Known::new(config.known_max)),
         reports: Arc::new(ArrayQueue::new(REPORTS_WAITING_MAX)),
         store,
         config,

@@ -22,7 +22,7 @@ use crate::{
     Config, Map, Table,
     direct::{Arrived, Directs, TICK_US},
     fleet::Fleet,
-    known::{Known, KnownHere},
+    known::Known,
     metrics::WorkerMetrics,
     pool::{Deliver, Pool},
 };
@@ -62,7 +62,7 @@ pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     pub(crate) metrics: WorkerMetrics,
     pub(crate) pool: Rc<Pool>,
-    pub(crate) known: KnownHere,
+    pub(crate) known: Arc<Known>,
     pub(crate) under_way: Cell<usize>,
     /// Launches that came and were not taken up yet.
     pub(crate) waiting: RefCell<Fair<Arrived>>,
@@ -79,7 +79,6 @@ impl Worker {
     /// A thread's state; `seed` is that of its picks.
     pub(crate) fn new(shared: Arc<Shared>, metrics: WorkerMetrics, seed: u64) -> Rc<Self> {
         let config = &shared.config;
-        let known_max = (config.known_max / config.threads()).max(1);
         let (aperture, policy) = (config.aperture, config.policy());
         Rc::new_cyclic(|worker: &Weak<Self>| Self {
             pool: Rc::new(Pool::new(
@@ -91,7 +90,7 @@ impl Worker {
             waiting: RefCell::new(Fair::new(WAITING_MAX, WAITING_EACH_MAX)),
             pump: Notify::new(),
             directs: RefCell::default(),
-            known: KnownHere::new(Arc::clone(&shared.known), known_max),
+            known: Arc::clone(&shared.known),
             under_way: Cell::new(0),
             map: RefCell::new(shared.fleet.map.reader()),
             table: RefCell::new(shared.fleet.table.reader()),

@@ -30,6 +30,7 @@ pub mod network;
 pub mod records;
 pub mod rendezvous;
 pub mod report;
+pub mod rows;
 pub mod seal;
 
 pub use capacity::{CapacityWord, ShapeId, Stamp};

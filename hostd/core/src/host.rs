@@ -5,10 +5,7 @@
 //! passes by [`Host::handle_timeout`], due at [`Host::poll_timeout`].
 //! Longer than 500 lines: every change of a sandbox's state is in this file.
 
-use std::{
-    cmp::Reverse,
-    collections::{BinaryHeap, HashMap, VecDeque},
-};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use wire::{
     Code, Fault, HostId, Incarnation, LaunchId, SandboxId, Seq, ShapeId,
@@ -23,7 +20,7 @@ use crate::{
     launches::{BodyHash, Fate, Known, Launches},
     limits::{ENDED_MAX, ENDED_MS, LAPSE_GRACE_MS},
     records::Untold,
-    sandbox::Sandbox,
+    sandbox::{Held, Sandbox, Ties},
     shapes::Shapes,
 };
 
@@ -103,11 +100,12 @@ pub struct Host<N> {
     pub(crate) incarnation: Incarnation,
     pub(crate) admission: Admission,
     pub(crate) launches: Launches,
-    pub(crate) sandboxes: HashMap<u64, Sandbox<N>, Seeded>,
+    pub(crate) sandboxes: HashMap<u64, Held<N>, Seeded>,
     /// Live sandboxes a shape.
     pub(crate) live: [u32; SHAPES_MAX],
-    /// When to look at which sandbox. May hold entries of times long changed.
-    due: BinaryHeap<Reverse<(u64, u64)>>,
+    /// When to look at which sandbox: once each. What is due next lies at one edge and what is due last at the other, so that both are
+    /// in the cache however many there are.
+    due: BTreeSet<(u64, u64)>,
     /// When to drop the record of which ended sandbox, oldest first.
     ended: VecDeque<(u64, u64)>,
     ended_max: usize,
@@ -137,7 +135,7 @@ impl<N> Host<N> {
             launches: Launches::new(config.seed),
             sandboxes: HashMap::with_hasher(Seeded::new(config.seed)),
             live: [0; SHAPES_MAX],
-            due: BinaryHeap::new(),
+            due: BTreeSet::new(),
             ended: VecDeque::new(),
             ended_max: ENDED_MAX,
             deeds: VecDeque::new(),
@@ -197,7 +195,7 @@ impl<N> Host<N> {
         let local = (self.incarnation.0 << LOCAL_BITS) | self.made;
         let id = self.sandbox_id(local);
         self.live[ask.shape.index()] += 1;
-        self.launches.remember(ask.launch_id, ask.body, Fate::Claimed { local });
+        let place = self.launches.remember(ask.launch_id, ask.body, Fate::Claimed { local });
         let after = |ms: u64| (ms > 0).then(|| now_ms.saturating_add(ms));
         let sandbox = Sandbox {
             id,
@@ -213,7 +211,8 @@ impl<N> Host<N> {
             drop_at_ms: None,
             note: note(id),
         };
-        self.sandboxes.insert(local, sandbox);
+        let ties = Ties { launch: Some(place), due_ms: None };
+        self.sandboxes.insert(local, Held { sandbox, ties });
         Admit::Begin(id)
     }
 
@@ -250,8 +249,9 @@ impl<N> Host<N> {
         let waited_ms = now_ms.saturating_sub(sandbox.admitted_ms);
         sandbox.hard_at_ms = sandbox.hard_at_ms.map(|at_ms| at_ms.saturating_add(waited_ms));
         let started = Started { sandbox: sandbox.id, visible_at, word, steps };
-        let launch_id = sandbox.launch_id;
-        self.launches.settle(&launch_id, Fate::Started(started));
+        if let Some(place) = sandbox.ties.launch {
+            self.launches.settle(place, Fate::Started(started));
+        }
         self.untold.mark(local);
         self.arm(local);
         Ok(started)
@@ -261,23 +261,29 @@ impl<N> Host<N> {
     pub fn handle_failed(&mut self, now_ms: u64, local: u64, fault: Fault) {
         let Some(sandbox) = self.sandboxes.remove(&local) else { return };
         debug_assert!(sandbox.state == State::Claimed, "what ran has exited, not failed");
+        self.disarm(local, sandbox.ties);
         self.free(sandbox.shape);
-        if self.launches.fate(&sandbox.launch_id) != Some(&Fate::Cancelled) {
-            self.launches.settle(&sandbox.launch_id, Fate::Failed(Box::new(fault)));
+        let Some(place) = sandbox.ties.launch else { return };
+        if self.launches.fate_at(place) != Some(&Fate::Cancelled) {
+            self.launches.settle(place, Fate::Failed(Box::new(fault)));
         }
-        self.launches.release(now_ms, sandbox.launch_id);
+        self.launches.release(now_ms, place);
     }
 
     /// A claimed sandbox found no box: its launch is refused after all, and nothing of it is left.
     pub fn handle_no_box(&mut self, now_ms: u64, local: u64, named: bool, code: Code) -> Refused {
         if let Some(sandbox) = self.sandboxes.remove(&local) {
+            self.disarm(local, sandbox.ties);
             self.free(sandbox.shape);
-            if self.launches.fate(&sandbox.launch_id) == Some(&Fate::Cancelled) {
-                self.launches.release(now_ms, sandbox.launch_id);
-            } else {
-                self.launches.drop_claim(&sandbox.launch_id);
-                if named {
-                    self.launches.refuse(now_ms, sandbox.launch_id, code);
+            match sandbox.ties.launch {
+                Some(place) if self.launches.fate_at(place) == Some(&Fate::Cancelled) => {
+                    self.launches.release(now_ms, place);
+                }
+                place => {
+                    place.into_iter().for_each(|place| self.launches.drop_claim(place));
+                    if named {
+                        self.launches.refuse(now_ms, sandbox.launch_id, code);
+                    }
                 }
             }
         }
@@ -291,9 +297,13 @@ impl<N> Host<N> {
         sandbox.state = State::Stopped(exit);
         let drop_at_ms = now_ms.saturating_add(ENDED_MS);
         sandbox.drop_at_ms = Some(drop_at_ms);
-        let (shape, launch_id) = (sandbox.shape, sandbox.launch_id);
+        let (shape, ties) = (sandbox.shape, sandbox.ties);
+        sandbox.ties = Ties::default();
+        self.disarm(local, ties);
         self.free(shape);
-        self.launches.release(now_ms, launch_id);
+        if let Some(place) = ties.launch {
+            self.launches.release(now_ms, place);
+        }
         self.ended.push_back((drop_at_ms, local));
         self.untold.mark(local);
         if self.ended.len() > self.ended_max {
@@ -304,37 +314,38 @@ impl<N> Host<N> {
 
     /// Ends a launch whatever has become of it, and never starts it later.
     pub fn handle_cancel(&mut self, now_ms: u64, launch_id: LaunchId) -> Cancelled {
-        let local = match self.launches.fate(&launch_id) {
-            None => {
-                self.launches.remember(launch_id, [0; 16], Fate::Cancelled);
-                self.launches.release(now_ms, launch_id);
-                return Cancelled::Done;
-            }
+        let Some(place) = self.launches.place(&launch_id) else {
+            let place = self.launches.remember(launch_id, [0; 16], Fate::Cancelled);
+            self.launches.release(now_ms, place);
+            return Cancelled::Done;
+        };
+        let local = match self.launches.fate_at(place) {
             Some(Fate::Claimed { local }) => Some(*local),
             Some(Fate::Started(started)) => Some(started.sandbox.local),
-            Some(Fate::Failed(_)) => None,
+            Some(Fate::Failed(_)) | None => None,
             // A second cancel waits for the same end.
             Some(Fate::Cancelled) => self.live_of(launch_id),
         };
-        self.launches.settle(&launch_id, Fate::Cancelled);
-        let live = local.filter(|local| self.sandboxes.get(local).is_some_and(Sandbox::is_live));
+        self.launches.settle(place, Fate::Cancelled);
+        let live =
+            local.filter(|local| self.sandboxes.get(local).is_some_and(|held| held.is_live()));
         if let Some(local) = live {
             self.end(local, ExitWhy::Killed);
             return Cancelled::Ending(self.sandbox_id(local));
         }
-        self.launches.release(now_ms, launch_id);
+        self.launches.release(now_ms, place);
         Cancelled::Done
     }
 
     /// A rare look: cancelled twice.
     fn live_of(&self, launch_id: LaunchId) -> Option<u64> {
-        let of = |sandbox: &&Sandbox<N>| sandbox.launch_id == launch_id && sandbox.is_live();
+        let of = |sandbox: &&Held<N>| sandbox.launch_id == launch_id && sandbox.is_live();
         self.sandboxes.values().find(of).map(|sandbox| sandbox.id.local)
     }
 
     /// Ends a sandbox. Returns whether it is live and so will come to an exit.
     pub fn handle_kill(&mut self, local: u64) -> bool {
-        let live = self.sandboxes.get(&local).is_some_and(Sandbox::is_live);
+        let live = self.sandboxes.get(&local).is_some_and(|held| held.is_live());
         if live {
             self.end(local, ExitWhy::Killed);
         }
@@ -439,19 +450,20 @@ impl<N> Host<N> {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now_ms: u64) {
-        while let Some(&Reverse((at_ms, local))) = self.due.peek()
+        while let Some(&(at_ms, local)) = self.due.first()
             && at_ms <= now_ms
         {
-            self.due.pop();
-            match self.sandboxes.get(&local).and_then(Sandbox::due) {
+            self.due.pop_first();
+            let Some(sandbox) = self.sandboxes.get_mut(&local) else { continue };
+            sandbox.ties.due_ms = None;
+            match sandbox.due() {
                 Some((at_ms, why)) if at_ms <= now_ms => self.end(local, why),
-                Some((at_ms, _)) => self.due.push(Reverse((at_ms, local))),
-                None => {}
+                _ => self.arm(local),
             }
         }
         if self.drain_at_ms.is_some_and(|at_ms| at_ms <= now_ms) {
             self.drain_at_ms = None;
-            let live = |sandbox: &&Sandbox<N>| sandbox.is_live();
+            let live = |sandbox: &&Held<N>| sandbox.is_live();
             let mut all: Vec<u64> =
                 self.sandboxes.values().filter(live).map(|s| s.id.local).collect();
             all.sort_unstable();
@@ -473,7 +485,7 @@ impl<N> Host<N> {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<u64> {
         let ended = self.ended.front().map(|(at_ms, _)| *at_ms);
-        let due = self.due.peek().map(|Reverse((at_ms, _))| *at_ms);
+        let due = self.due.first().map(|(at_ms, _)| *at_ms);
         [due, self.drain_at_ms, ended, self.launches.poll_timeout()].into_iter().flatten().min()
     }
 
@@ -504,9 +516,23 @@ impl<N> Host<N> {
         self.deeds.pop_front()
     }
 
+    /// Has a sandbox looked at when something is due. What is due later than it was is found out then, so that use costs nothing.
     pub(crate) fn arm(&mut self, local: u64) {
-        if let Some((at_ms, _)) = self.sandboxes.get(&local).and_then(Sandbox::due) {
-            self.due.push(Reverse((at_ms, local)));
+        let Some(sandbox) = self.sandboxes.get_mut(&local) else { return };
+        let Some((at_ms, _)) = sandbox.due() else { return };
+        let before_ms = sandbox.ties.due_ms;
+        if before_ms.is_some_and(|before_ms| before_ms <= at_ms) {
+            return;
+        }
+        sandbox.ties.due_ms = Some(at_ms);
+        before_ms.map(|before_ms| self.due.remove(&(before_ms, local)));
+        self.due.insert((at_ms, local));
+    }
+
+    /// It need not be looked at any more.
+    fn disarm(&mut self, local: u64, ties: Ties) {
+        if let Some(at_ms) = ties.due_ms {
+            self.due.remove(&(at_ms, local));
         }
     }
 

@@ -6,12 +6,15 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use wire::{Code, Fault, LaunchId, hash::Seeded, launch::Started, limits::BUDGET_MS_MAX};
-
-use crate::{
-    limits::{LAUNCHES_MAX, REFUSALS_MAX, REMEMBER_MS},
-    spread::Spread,
+use wire::{
+    Code, Fault, LaunchId,
+    hash::Seeded,
+    launch::Started,
+    limits::BUDGET_MS_MAX,
+    rows::{Place, Rows},
 };
+
+use crate::limits::{LAUNCHES_MAX, REFUSALS_MAX, REMEMBER_MS};
 
 /// The first half of the BLAKE3 hash of a request's bytes: says whether two are the same.
 pub type BodyHash = [u8; 16];
@@ -36,16 +39,15 @@ pub enum Fate {
 struct Launch {
     body: BodyHash,
     fate: Fate,
-    /// When it may be forgotten; not while its sandbox lives.
-    forget_at_ms: Option<u64>,
+    /// When it may be forgotten, if it is in the queue: while its sandbox lives, it is not.
+    forget_at_ms: u64,
 }
 
 /// The launches that a host knows.
 #[derive(Debug)]
 pub struct Launches {
-    known: Spread<Launch>,
-    /// Ids whose time runs, in the order in which it runs out: each has the same time.
-    forgetting: VecDeque<(u64, LaunchId)>,
+    /// In its queue are those whose time runs, in the order in which it runs out: each has the same time.
+    known: Rows<Launch>,
     refused: HashMap<LaunchId, Code, Seeded>,
     refusals: VecDeque<(u64, LaunchId)>,
     launches_max: usize,
@@ -69,8 +71,7 @@ impl Launches {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self {
-            known: Spread::new(seed),
-            forgetting: VecDeque::new(),
+            known: Rows::new(seed),
             refused: HashMap::with_hasher(Seeded::new(seed)),
             refusals: VecDeque::new(),
             launches_max: LAUNCHES_MAX,
@@ -85,7 +86,7 @@ impl Launches {
     /// What is known of an id.
     #[must_use]
     pub fn look(&self, id: &LaunchId, body: &BodyHash) -> Known<'_> {
-        match self.known.get(id) {
+        match self.launch(id) {
             // A cancel may come before what it cancels, so that it has no body to compare.
             Some(launch) if launch.fate == Fate::Cancelled => Known::Same(&launch.fate),
             Some(launch) if launch.body == *body => Known::Same(&launch.fate),
@@ -103,38 +104,56 @@ impl Launches {
     /// What became of an id.
     #[must_use]
     pub fn fate(&self, id: &LaunchId) -> Option<&Fate> {
-        self.known.get(id).map(|launch| &launch.fate)
+        self.launch(id).map(|launch| &launch.fate)
+    }
+
+    fn launch(&self, id: &LaunchId) -> Option<&Launch> {
+        self.known.get(self.known.find(id)?)
     }
 
     /// The hash of a launch's request.
     #[must_use]
     pub fn body(&self, id: &LaunchId) -> Option<BodyHash> {
-        self.known.get(id).map(|launch| launch.body)
+        self.launch(id).map(|launch| launch.body)
     }
 
-    /// Remembers a launch for as long as it lives.
-    pub fn remember(&mut self, id: LaunchId, body: BodyHash, fate: Fate) {
-        self.known.insert(id, Launch { body, fate, forget_at_ms: None });
+    /// Remembers a launch for as long as it lives. Where it is remembered holds until it is released.
+    pub fn remember(&mut self, id: LaunchId, body: BodyHash, fate: Fate) -> Place {
+        if let Some(place) = self.known.find(&id) {
+            self.known.remove(place);
+        }
+        self.known.insert(id, Launch { body, fate, forget_at_ms: 0 })
+    }
+
+    /// What became of a launch that was not released yet.
+    #[must_use]
+    pub fn fate_at(&self, place: Place) -> Option<&Fate> {
+        self.known.get(place).map(|launch| &launch.fate)
     }
 
     /// Changes what became of it.
-    pub fn settle(&mut self, id: &LaunchId, fate: Fate) {
-        if let Some(launch) = self.known.get_mut(id) {
+    pub fn settle(&mut self, place: Place, fate: Fate) {
+        if let Some(launch) = self.known.get_mut(place) {
             launch.fate = fate;
         }
     }
 
+    /// Where a launch is remembered.
+    #[must_use]
+    pub fn place(&self, id: &LaunchId) -> Option<Place> {
+        self.known.find(id)
+    }
+
     /// Nothing was done for it after all: it was never known.
-    pub fn drop_claim(&mut self, id: &LaunchId) {
-        self.known.remove(id);
+    pub fn drop_claim(&mut self, place: Place) {
+        self.known.remove(place);
     }
 
     /// Its sandbox is gone or never came: from now on its time runs. Again starts it anew.
-    pub fn release(&mut self, now_ms: u64, id: LaunchId) {
-        if let Some(launch) = self.known.get_mut(&id) {
-            let at_ms = now_ms + REMEMBER_MS;
-            launch.forget_at_ms = Some(at_ms);
-            self.forgetting.push_back((at_ms, id));
+    pub fn release(&mut self, now_ms: u64, place: Place) {
+        if let Some(launch) = self.known.get_mut(place) {
+            launch.forget_at_ms = now_ms + REMEMBER_MS;
+            self.known.line_up(place);
         }
     }
 
@@ -152,14 +171,10 @@ impl Launches {
 
     /// Forgets what is due.
     pub fn forget(&mut self, now_ms: u64) {
-        while let Some(&(at_ms, id)) = self.forgetting.front()
+        while let Some((at_ms, place)) = self.first()
             && at_ms <= now_ms
         {
-            self.forgetting.pop_front();
-            let due = |launch: &Launch| launch.forget_at_ms.is_some_and(|at| at <= now_ms);
-            if self.known.get(&id).is_some_and(due) {
-                self.known.remove(&id);
-            }
+            self.known.remove(place);
         }
         while let Some(&(at_ms, id)) = self.refusals.front()
             && at_ms <= now_ms
@@ -172,8 +187,14 @@ impl Launches {
     /// When something is next due to be forgotten.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<u64> {
-        let first = |queue: &VecDeque<(u64, LaunchId)>| queue.front().map(|(at_ms, _)| *at_ms);
-        first(&self.forgetting).into_iter().chain(first(&self.refusals)).min()
+        let refusal = self.refusals.front().map(|(at_ms, _)| *at_ms);
+        self.first().map(|(at_ms, _)| at_ms).into_iter().chain(refusal).min()
+    }
+
+    /// The launch that is forgotten next, and when.
+    fn first(&self) -> Option<(u64, Place)> {
+        let place = self.known.oldest()?;
+        Some((self.known.get(place)?.forget_at_ms, place))
     }
 
     /// Ids that are remembered.
@@ -199,11 +220,11 @@ mod tests {
     fn an_id_is_known_until_its_time_has_run() {
         let mut launches = Launches::new(1);
         assert_eq!(launches.look(&ID, &[1; 16]), Known::New);
-        launches.remember(ID, [1; 16], Fate::Claimed { local: 7 });
+        let place = launches.remember(ID, [1; 16], Fate::Claimed { local: 7 });
         launches.forget(u64::MAX);
         assert_eq!(launches.look(&ID, &[1; 16]), Known::Same(&Fate::Claimed { local: 7 }));
         assert_eq!(launches.look(&ID, &[2; 16]), Known::Conflict);
-        launches.release(1_000, ID);
+        launches.release(1_000, place);
         launches.forget(1_000 + REMEMBER_MS - 1);
         assert_eq!(launches.look(&ID, &[2; 16]), Known::Conflict);
         launches.forget(1_000 + REMEMBER_MS);

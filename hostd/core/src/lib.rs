@@ -17,7 +17,6 @@ pub mod limits;
 pub mod records;
 pub mod sandbox;
 pub mod shapes;
-mod spread;
 
 #[cfg(test)]
 mod beat_tests;

@@ -1,8 +1,11 @@
 //! One sandbox's life: `Claimed -> Running -> (Paused) -> Stopped`, nothing else, and when it must end.
 
+use std::ops::{Deref, DerefMut};
+
 use wire::{
     LaunchId, SandboxId, ShapeId,
     call::{ExitWhy, State},
+    rows::Place,
 };
 
 /// A sandbox of this host, live or ended. `N` is what the caller keeps with it.
@@ -32,6 +35,35 @@ pub struct Sandbox<N> {
     pub drop_at_ms: Option<u64>,
     /// What the caller keeps with it.
     pub note: N,
+}
+
+/// Where the core finds what belongs to a sandbox without looking for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ties {
+    /// What is remembered of its launch, until it is released.
+    pub(crate) launch: Option<Place>,
+    /// The time at which it is to be looked at.
+    pub(crate) due_ms: Option<u64>,
+}
+
+/// A sandbox as the core holds it.
+#[derive(Debug)]
+pub(crate) struct Held<N> {
+    pub(crate) sandbox: Sandbox<N>,
+    pub(crate) ties: Ties,
+}
+
+impl<N> Deref for Held<N> {
+    type Target = Sandbox<N>;
+    fn deref(&self) -> &Sandbox<N> {
+        &self.sandbox
+    }
+}
+
+impl<N> DerefMut for Held<N> {
+    fn deref_mut(&mut self) -> &mut Sandbox<N> {
+        &mut self.sandbox
+    }
 }
 
 impl<N> Sandbox<N> {

@@ -50,11 +50,11 @@ impl<N> Host<N> {
     /// A sandbox, live or remembered.
     #[must_use]
     pub fn sandbox(&self, local: u64) -> Option<&Sandbox<N>> {
-        self.sandboxes.get(&local)
+        self.sandboxes.get(&local).map(|held| &held.sandbox)
     }
 
     /// All sandboxes, live or remembered, in no order.
     pub fn sandboxes(&self) -> impl Iterator<Item = &Sandbox<N>> {
-        self.sandboxes.values()
+        self.sandboxes.values().map(|held| &held.sandbox)
     }
 }

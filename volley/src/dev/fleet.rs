@@ -337,7 +337,7 @@ impl Plan<'_> {
         let mut settings =
             self.hosts_settings().text("ops", &self.ports.ops(self.ports.host(0)).to_string());
         // Records of what ended: those of hundreds of hosts would fill the caches that each host has for itself elsewhere.
-        settings = settings.number("ended_max", 64);
+        settings = settings.number("ended_max", 16);
         for (at, member) in (0..).zip(members) {
             settings = settings
                 .table("hosts")
