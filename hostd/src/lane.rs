@@ -14,11 +14,11 @@ use quinn::{RecvStream, SendStream};
 use tokio::sync::Notify;
 use wire::{
     codec::Malformed,
-    frame::{HEADER_BYTES, Header, Kind, LANE_TAG_BYTES, lane_tag},
+    frame::{HEADER_BYTES, Header, Kind, lane_tag},
     launch::LaunchReply,
     limits::LANE_LAUNCHES_MAX,
 };
-use wire_net::stream::BROKEN;
+use wire_net::{lane::Outgoing, stream::BROKEN};
 
 use crate::{
     clock,
@@ -35,7 +35,7 @@ const UNSENT_BYTES_MAX: usize = 1 << 20;
 
 #[derive(Default)]
 struct Lane {
-    out: RefCell<BytesMut>,
+    out: RefCell<Outgoing>,
     /// What was started and is in `out`: if the stream breaks, nobody learned of it.
     unsent: RefCell<Vec<(LaunchReply, u32)>>,
     outstanding: Cell<usize>,
@@ -48,12 +48,7 @@ struct Lane {
 
 impl Lane {
     fn push(&self, tag: u32, reply: LaunchReply, budget_ms: u32) {
-        let bytes = reply.to_bytes();
-        let len = LANE_TAG_BYTES + bytes.len();
-        let mut out = self.out.borrow_mut();
-        out.extend_from_slice(&Header { kind: Kind::LaneReply, len }.bytes());
-        out.extend_from_slice(&tag.to_le_bytes());
-        out.extend_from_slice(&bytes);
+        self.out.borrow_mut().push(Kind::LaneReply, tag, &[&reply.to_bytes()]);
         if matches!(reply, LaunchReply::Started(_)) {
             self.unsent.borrow_mut().push((reply, budget_ms));
         }
@@ -158,7 +153,7 @@ fn one(cell: &Rc<HostCell>, lane: &Rc<Lane>, now_ms: u64, tag: u32, payload: &[u
 async fn write(cell: &Rc<HostCell>, lane: &Rc<Lane>, send: &mut SendStream) {
     let mut unsent = Vec::new();
     loop {
-        let out = lane.out.borrow_mut().split().freeze();
+        let out = lane.out.borrow_mut().take();
         if out.is_empty() {
             if lane.is_done() {
                 return;

@@ -182,10 +182,11 @@ impl Worker {
     /// Takes up what waits, as far as there is room; the rest follows when others have had their turn.
     pub(crate) fn pump(self: &Rc<Self>, now: Micros) {
         for _ in 0..TURN_LAUNCHES {
-            if self.under_way.get() >= self.shared.config.launches_max {
+            let room = self.shared.config.launches_max.saturating_sub(self.under_way.get());
+            if room == 0 {
                 return;
             }
-            let Some(next) = self.waiting.borrow_mut().pop() else { return };
+            let Some(next) = self.waiting.borrow_mut().pop(room) else { return };
             self.take_up(now, next);
         }
         self.pump.notify_one();
@@ -364,6 +365,7 @@ impl Worker {
 
     fn done_at(&self, now: Micros, arrived: &Arrived) {
         self.under_way.set(self.under_way.get() - 1);
+        self.waiting.borrow_mut().done(arrived.asked.tenant);
         self.observe(now.saturating_sub(arrived.came));
     }
 

@@ -5,12 +5,19 @@
 //! waits for itself, and the other waits for one piece of each who waits. A tenant without waiting work has no
 //! queue, so that only those who wait cost memory.
 //!
+//! What was taken up is not taken back, so that a tenant may not hold all the room there is either: at most [`SHARE`] times what is left
+//! free. One tenant alone holds seven eighths, two hold seven fifteenths each, and whoever comes with little finds room at once,
+//! instead of waiting until a burst of others' launches ends.
+//!
 //! Left out: weights. One tenant counts as much as another, as long as nobody sells shares.
 
 use std::collections::{BTreeMap, VecDeque};
 
 /// What a tenant may spend in a round. Launches cost their bytes, so that this is a few small ones.
 const QUANTUM: u32 = 1_024;
+
+/// How many times the room that is left free one tenant may hold.
+const SHARE: usize = 7;
 
 /// Emptied queues that are kept for the next tenant who waits.
 const SPARE_MAX: usize = 64;
@@ -28,6 +35,8 @@ pub struct Fair<T> {
     /// Tenants that wait, in the order of their turns.
     turns: VecDeque<u64>,
     spare: Vec<VecDeque<(u32, T)>>,
+    /// Pieces of each tenant that were taken up and are not done.
+    held: BTreeMap<u64, usize>,
     waiting: usize,
     waiting_max: usize,
     each_max: usize,
@@ -41,6 +50,7 @@ impl<T> Fair<T> {
             queues: BTreeMap::new(),
             turns: VecDeque::new(),
             spare: Vec::new(),
+            held: BTreeMap::new(),
             waiting: 0,
             waiting_max,
             each_max,
@@ -66,10 +76,22 @@ impl<T> Fair<T> {
         Ok(())
     }
 
-    /// The piece that is next.
-    pub fn pop(&mut self) -> Option<T> {
+    /// The piece that is next, when there is room for so many: it holds room until [`Fair::done`]. None if nothing waits, or
+    /// only what belongs to tenants who hold much already.
+    pub fn pop(&mut self, room: usize) -> Option<T> {
+        let most = room.saturating_mul(SHARE);
+        let mut passed = 0;
         loop {
             let tenant = *self.turns.front()?;
+            if self.held.get(&tenant).is_some_and(|held| *held >= most) {
+                passed += 1;
+                if passed >= self.turns.len() {
+                    return None;
+                }
+                self.turns.rotate_left(1);
+                continue;
+            }
+            passed = 0;
             let queue = self.queues.get_mut(&tenant)?;
             let (cost, _) = queue.pieces.front()?;
             if *cost > queue.deficit {
@@ -84,7 +106,18 @@ impl<T> Fair<T> {
                 self.turns.pop_front();
                 self.retire(tenant);
             }
+            *self.held.entry(tenant).or_default() += 1;
             return Some(piece);
+        }
+    }
+
+    /// A piece of a tenant that was taken up is done.
+    pub fn done(&mut self, tenant: u64) {
+        if let Some(held) = self.held.get_mut(&tenant) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(&tenant);
+            }
         }
     }
 
@@ -140,7 +173,7 @@ mod tests {
                         own.push_back(at);
                     }
                 } else {
-                    let popped = fair.pop();
+                    let popped = fair.pop(usize::MAX);
                     prop_assert_eq!(popped.is_some(), waiting > 0);
                     if let Some((tenant, at)) = popped {
                         prop_assert_eq!(expected.get_mut(&tenant).unwrap().pop_front(), Some(at));
@@ -172,7 +205,7 @@ mod tests {
                     }
                 }
                 for _ in 0..CAPACITY {
-                    let Some((tenant, came)) = fair.pop() else { break };
+                    let Some((tenant, came)) = fair.pop(usize::MAX) else { break };
                     if tenant != 99 {
                         waits.push(turn - came + 1);
                     }
@@ -186,13 +219,38 @@ mod tests {
     }
 
     #[test]
+    fn a_tenant_leaves_room_for_others() {
+        const ROOM: usize = 64;
+        let mut fair = Fair::new(1_000, 1_000);
+        (0..200).for_each(|at| fair.push(1, 300, at).unwrap());
+        let mut held = 0;
+        while fair.pop(ROOM - held).is_some() {
+            held += 1;
+        }
+        assert_eq!(held, 56, "seven eighths");
+        fair.push(2, 300, 1_000).unwrap();
+        assert_eq!(fair.pop(ROOM - held), Some(1_000));
+        assert_eq!(fair.pop(ROOM - held - 1), None);
+        // When the other's ends, its room is the first one's no more than before.
+        fair.done(2);
+        assert_eq!(fair.pop(ROOM - held), None);
+        fair.done(1);
+        assert!(fair.pop(ROOM - held + 1).is_some());
+        // A single place is given to whoever asks.
+        assert_eq!(Fair::<()>::new(1, 1).pop(1), None);
+        let mut small = Fair::new(1, 1);
+        small.push(3, 10_000, ()).unwrap();
+        assert_eq!(small.pop(1), Some(()));
+    }
+
+    #[test]
     fn large_pieces_are_charged_for_their_size() {
         let mut fair = Fair::new(1_000, 1_000);
         for _ in 0..100 {
             fair.push(1, 10_000, 1).unwrap();
             fair.push(2, 1_000, 2).unwrap();
         }
-        let first: Vec<u32> = (0..44).map_while(|_| fair.pop()).collect();
+        let first: Vec<u32> = (0..44).map_while(|_| fair.pop(usize::MAX)).collect();
         let large = first.iter().filter(|piece| **piece == 1).count();
         assert!((3..=5).contains(&large), "{large} of {} pieces are large", first.len());
     }

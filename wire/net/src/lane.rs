@@ -72,15 +72,34 @@ impl Frames {
     }
 }
 
-/// Frames that wait to be written.
+/// Frames of a lane that wait to be written, one behind the other.
 #[derive(Debug, Default)]
-struct Outgoing {
+pub struct Outgoing {
     bytes: BytesMut,
     ended: bool,
 }
 
 impl Outgoing {
-    fn push(&mut self, kind: Kind, tag: u32, parts: &[&[u8]]) {
+    /// Bytes that wait.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// All that waits, to be written now.
+    #[must_use]
+    pub fn take(&mut self) -> Bytes {
+        self.bytes.split().freeze()
+    }
+
+    /// Adds a frame: its tag, and what follows it.
+    pub fn push(&mut self, kind: Kind, tag: u32, parts: &[&[u8]]) {
         let len = LANE_TAG_BYTES + parts.iter().map(|part| part.len()).sum::<usize>();
         self.bytes.reserve(HEADER_BYTES + len);
         self.bytes.extend_from_slice(&Header { kind, len }.bytes());
@@ -204,7 +223,7 @@ impl Lane {
             return Err(LaunchLost::NotSent(fault.clone()));
         }
         let full = launches.free.is_empty() && launches.slots.len() >= LANE_LAUNCHES_MAX;
-        if full || launches.out.bytes.len() > UNSENT_BYTES_MAX {
+        if full || launches.out.len() > UNSENT_BYTES_MAX {
             let message = "the lane is full; nothing was sent";
             return Err(LaunchLost::NotSent(Fault::new(Code::Overloaded, message)));
         }
@@ -213,7 +232,7 @@ impl Lane {
             u32::try_from(launches.slots.len() - 1).unwrap_or(u32::MAX)
         });
         launches.slots[tag as usize] = slot;
-        let idle = launches.out.bytes.is_empty();
+        let idle = launches.out.is_empty();
         launches.out.push(Kind::LaneLaunch, tag, &[&head.bytes(), request]);
         drop(launches);
         if idle {
@@ -342,7 +361,7 @@ async fn write_launches(shared: Arc<Shared>, mut send: SendStream) {
         tokio::task::yield_now().await;
         let (bytes, ended) = {
             let mut launches = lock(&shared.launches);
-            (launches.out.bytes.split().freeze(), launches.out.ended)
+            (launches.out.take(), launches.out.ended)
         };
         if bytes.is_empty() {
             if ended {

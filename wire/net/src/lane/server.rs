@@ -106,7 +106,7 @@ impl LaneReplies {
     pub fn reply_bytes(&self, tag: u32, reply: &[u8]) {
         let replies = &self.0.0;
         let mut out = lock(&replies.out);
-        let idle = out.bytes.is_empty();
+        let idle = out.is_empty();
         out.push(Kind::LaneReply, tag, &[reply]);
         drop(out);
         if idle {
@@ -117,7 +117,7 @@ impl LaneReplies {
     /// Waits while the peer does not take its replies.
     async fn taken(&self) {
         let replies = &self.0.0;
-        while lock(&replies.out).bytes.len() > UNSENT_BYTES_MAX {
+        while lock(&replies.out).len() > UNSENT_BYTES_MAX {
             replies.written.notified().await;
         }
     }
@@ -128,7 +128,7 @@ async fn write_replies(replies: Arc<Replies>, mut send: SendStream) {
         tokio::task::yield_now().await;
         let (bytes, ended) = {
             let mut out = lock(&replies.out);
-            (out.bytes.split().freeze(), out.ended)
+            (out.take(), out.ended)
         };
         if bytes.is_empty() {
             if ended {
