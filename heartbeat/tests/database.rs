@@ -194,12 +194,13 @@ async fn scan_time(store: &ScyllaStore, rows: usize) -> Duration {
 
 /// D3: "tombstones of a day's heartbeats: scan time flat within 20 %". A heartbeat writes no tombstone; hosts that leave do.
 /// `VOLLEY_D3_ROUNDS` rewrites of every row, and a twentieth of the hosts leaves and others come each ten of them; a day
-/// of a fleet has 5,760 rewrites.
+/// of a fleet has 5,760 rewrites. Times are held to the promise only when that many are asked for, on a quiet machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rewrites_and_removals_leave_a_scan_as_fast_as_it_was() {
     const HOSTS: u64 = 20_000;
-    let rounds = std::env::var("VOLLEY_D3_ROUNDS").ok().and_then(|text| text.parse().ok());
-    let rounds: u64 = rounds.unwrap_or(20);
+    let asked: Option<u64> =
+        std::env::var("VOLLEY_D3_ROUNDS").ok().and_then(|text| text.parse().ok());
+    let rounds = asked.unwrap_or(20);
     let node = match Cassandra::start().await {
         Ok(node) => node,
         Err(why) => return println!("skipped: {why}"),
@@ -235,6 +236,8 @@ async fn rewrites_and_removals_leave_a_scan_as_fast_as_it_was() {
     let after = scan_time(&store, usize::try_from(HOSTS).unwrap()).await;
     let ratio = after.as_secs_f64() / before.as_secs_f64();
     println!("scan of {HOSTS} rows: {before:?} before, {after:?} after, ratio {ratio:.2}");
-    // On a machine that is shared a scan alone varies by more than the promise; the promise is held by the figure.
-    assert!(ratio < 2.0, "a scan slows down: {ratio:.2}");
+    // On a machine that is shared a scan alone varies by more than the promise, so the short form only counts rows.
+    if asked.is_some() {
+        assert!(ratio < 1.2, "a scan slows down: {ratio:.2}");
+    }
 }

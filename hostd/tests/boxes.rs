@@ -268,7 +268,7 @@ fn deadlines_end_boxes() {
         let busy = started(&placer, &busy).await.sandbox;
         assert_eq!(exited(&placer, hard.sandbox).await.why, ExitWhy::Deadline);
         assert_eq!(exited(&placer, idle.sandbox).await.why, ExitWhy::Idle);
-        assert!(begun.elapsed() < Duration::from_secs(10));
+        assert!(begun.elapsed() < Duration::from_secs(30));
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(inspect(&placer, busy).await.state, State::Running, "output is use");
     });
@@ -339,7 +339,7 @@ fn many_boxes_come_and_go() {
         }
         let begun = Instant::now();
         while place.descriptors() > before + 20 {
-            assert!(begun.elapsed() < Duration::from_secs(5), "descriptors leak");
+            assert!(begun.elapsed() < Duration::from_secs(30), "descriptors leak");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
@@ -374,7 +374,7 @@ fn a_first_run_leaves_a_boot_pack() {
         if packs.len() == 2 {
             break packs;
         }
-        assert!(begun.elapsed() < Duration::from_secs(8), "{packs:?}");
+        assert!(begun.elapsed() < Duration::from_secs(30), "{packs:?}");
         std::thread::sleep(Duration::from_millis(20));
     };
     assert!(packs.iter().any(|(name, _)| name == "default"), "{packs:?}");

@@ -93,7 +93,7 @@ fn deadlines_are_kept_with_nobody_connected() {
         let record = inspect(&placer, id).await;
         let State::Stopped(exit) = record.state else { panic!("still {:?}", record.state) };
         assert_eq!(exit.why, ExitWhy::Deadline);
-        assert!(begun.elapsed() < Duration::from_secs(5));
+        assert!(begun.elapsed() < Duration::from_secs(30));
         let Answer::Exited(waited) = call(&placer, &Call::Wait(id)).await.unwrap() else {
             panic!()
         };

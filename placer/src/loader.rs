@@ -219,7 +219,7 @@ impl Loader {
     /// The hosts of a page if the last map holds exactly them.
     fn held_page(&self, named: &PageRef) -> Option<PageHosts> {
         let map = self.held.as_ref()?;
-        let first = lower_bound(map, named.first);
+        let first = map.lower_bound(HostId(named.first));
         let hosts: Vec<_> = (first..map.len())
             .map(|at| (map.id(at), map.addr(at)))
             .take_while(|(host, _)| host.0 <= named.last)
@@ -289,16 +289,6 @@ impl Drop for Loader {
 fn open_file(path: &Path) -> io::Result<Map> {
     let bytes = MappedBytes::open(path)?;
     Map::open(bytes).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))
-}
-
-/// The index of the first host whose id is not below `id`.
-pub(crate) fn lower_bound(map: &Map, id: u64) -> usize {
-    let (mut low, mut high) = (0, map.len());
-    while low < high {
-        let middle = low + (high - low) / 2;
-        if map.id(middle).0 < id { low = middle + 1 } else { high = middle }
-    }
-    low
 }
 
 async fn timely<T>(request: impl Future<Output = T>) -> Result<T, NotTaken> {

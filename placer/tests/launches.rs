@@ -196,7 +196,7 @@ async fn a_host_that_never_answers_leaves_an_unknown_outcome_within_the_budget()
     let id = named.given_id().unwrap();
     let error = client.launch(named).await.unwrap_err();
     assert!(error.is_unknown(), "{error}");
-    assert!(begun.elapsed() < Duration::from_millis(1_500), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     // It comes back: the same id gets its one sandbox.
     house.hosts[0].script(|_| Act::Start);
     let mut again = raw(id);

@@ -193,7 +193,7 @@ fn assert_clean(config: &Config, spawner: u32) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(&config.state_dir), "{mounts}");
     assert!(!Path::new(&config.state_dir).join("spawner.sock").exists());
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     while !box_processes(config).is_empty() {
         let late = std::time::Instant::now() > deadline;
         assert!(!late, "still there: {:?}", box_processes(config));
@@ -349,7 +349,7 @@ fn no_descriptors_left() {
             Err(_) => {}
         }
     }
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     while wait(place.spawner.pool()).unwrap()[0].running > 0 {
         assert!(std::time::Instant::now() < deadline, "a failed launch still runs");
     }
@@ -474,7 +474,7 @@ fn spawner_killed_at_any_moment() {
                 Err(other) => panic!("{other}"),
             }
         }
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
         loop {
             let swept = hostd_sandbox::sweep(&place.config).unwrap();
             if !swept.spawner_alive && swept.groups_left == 0 {
@@ -489,7 +489,7 @@ fn spawner_killed_at_any_moment() {
 /// Waits until the pool holds what its shape asks for, not one box more, and nothing runs.
 fn settle(spawner: &Spawner, config: &Config) {
     let parked = config.shapes[0].parked;
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     loop {
         let pool = wait(spawner.pool()).unwrap();
         let left = config.slots - parked;

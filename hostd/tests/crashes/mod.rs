@@ -46,7 +46,7 @@ pub(crate) fn a_killed_hostd_takes_its_boxes_up_again() {
         assert_eq!(inspect(&placer, id).await.state, State::Running);
         assert_eq!(exited(&placer, ended).await, Exit { code: 4, why: ExitWhy::Returned });
         assert_eq!(exited(&placer, dead).await.why, ExitWhy::Deadline);
-        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         let attach = Call::Attach { sandbox: id, process: 0, offset: 0, follow: true };
         let (_, mut send, mut recv) =
             stream::open_on_behalf(&placer, "acme", &attach).await.unwrap();

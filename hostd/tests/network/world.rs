@@ -241,7 +241,7 @@ pub(crate) fn no_device_is_left(state: &Path) {
         if devices == 0 {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(5), "{devices} devices left");
+        assert!(begun.elapsed() < Duration::from_secs(30), "{devices} devices left");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -199,7 +199,7 @@ impl Place {
         let begun = Instant::now();
         let images = self.config.state.join("images");
         while !self.image_holders().is_empty() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "an image holder stays");
+            assert!(begun.elapsed() < Duration::from_secs(30), "an image holder stays");
             std::thread::sleep(Duration::from_millis(20));
         }
         fs::remove_dir_all(images).unwrap();
@@ -235,7 +235,7 @@ impl Place {
             if there == wanted {
                 return;
             }
-            assert!(begun.elapsed() < Duration::from_secs(5), "{there} of {wanted} {name}");
+            assert!(begun.elapsed() < Duration::from_secs(30), "{there} of {wanted} {name}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -273,7 +273,7 @@ impl Place {
                 "{left:?} processes, {holders:?} image holders, {groups} groups, {} mounts",
                 mounts_of(self.fleet.dir.path())
             );
-            assert!(begun.elapsed() < Duration::from_secs(5), "left: {what}");
+            assert!(begun.elapsed() < Duration::from_secs(30), "left: {what}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -1,7 +1,7 @@
 //! What a placer decides, without IO: which host takes a launch, and what to do when it does not.
 //!
 //! [`map`] holds where hosts are, [`table`] what is free on them; [`select`] picks and reserves; [`launch`] carries one
-//! launch from its first attempt to its outcome; [`publish`] swaps a map or a table under its readers. Nothing on the
+//! launch from its first attempt to its outcome, [`named`] one that may come through several placers; [`publish`] swaps a map or a table under its readers. Nothing on the
 //! launch path takes a lock, allocates or enters the kernel. Time, bytes and randomness are given by the caller.
 //!
 //! Left out: sockets, files and clocks. The daemon maps the files and hands in slices; `DESIGN.md` says how they
@@ -14,6 +14,7 @@ pub mod fair;
 pub mod index;
 pub mod launch;
 pub mod map;
+pub mod named;
 mod prefetch;
 pub mod publish;
 pub mod reserved;
@@ -29,6 +30,7 @@ pub use dispatch::{Dispatch, Policy, Report};
 pub use fair::Fair;
 pub use launch::{Launch, Outcome, Step};
 pub use map::MapView;
+pub use named::Named;
 pub use publish::{Published, Reader};
 pub use select::{Pick, Picked, Picker, Select};
 pub use table::{CapacityTable, Reservation, TableError};

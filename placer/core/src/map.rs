@@ -221,6 +221,12 @@ impl<B: AsRef<[u8]>> MapView<B> {
         None
     }
 
+    /// The index of the first host whose id is not below this.
+    #[must_use]
+    pub fn lower_bound(&self, host: HostId) -> usize {
+        self.id_bytes().partition_point(|id| u64::from_le_bytes(*id) < host.0)
+    }
+
     /// Where launches reach a host.
     #[must_use]
     pub fn addr_of(&self, host: HostId) -> Option<HostAddr> {
