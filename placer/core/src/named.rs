@@ -219,8 +219,8 @@ impl Named {
 #[cfg(test)]
 mod tests {
     use wire::{
-        CapacityWord, SandboxId, Seq,
-        launch::{Started, Steps},
+        CapacityWord, SandboxId,
+        launch::{Started, Steps, VisibleAt},
         map::{HostAddr, MapVersion},
     };
 
@@ -237,7 +237,7 @@ mod tests {
     fn started(host: HostId) -> Started {
         let sandbox = SandboxId { host, local: 1 };
         let (word, steps) = (CapacityWord::default(), Steps::default());
-        Started { sandbox, visible_at: Seq(1), word, steps }
+        Started { sandbox, visible_at: VisibleAt::default(), word, steps }
     }
 
     fn sent(host: HostId, budget_ms: u32, again: bool) -> Step {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wire::{HostId, LaunchId, SandboxId, map::MapVersion};
 
-use crate::{Micros, SECOND};
+use crate::{Micros, SECOND, host::Caller};
 
 /// A rule that was broken, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub enum Told {
     Failed,
     /// Nobody knows.
     Unknown,
+    /// Nothing was done for this sending of a named launch.
+    Nothing,
 }
 
 /// What is known from above, where the parts cannot see.
@@ -43,6 +45,9 @@ impl Rules {
     pub fn begun(&mut self, id: LaunchId, on: SandboxId, slots: u32) -> Result<(), Broken> {
         if let Some((_, told @ (Told::Failed | Told::Started(_)))) = self.told.get(&id) {
             return Err(Broken(format!("launch {id} begins on {on} after it ended as {told:?}")));
+        }
+        if Caller::names(id) && self.executed.contains(&id) {
+            return Err(Broken(format!("named launch {id} ran before and begins again on {on}")));
         }
         if let Some(other) = self.live.insert(id, on) {
             return Err(Broken(format!("launch {id} has two sandboxes: {other} and {on}")));
@@ -71,6 +76,19 @@ impl Rules {
         }
     }
 
+    /// A host ends a sandbox that nobody seems to own.
+    ///
+    /// # Errors
+    /// [`Broken`], if somebody was told that it runs.
+    pub fn reaped(&self, id: LaunchId, on: SandboxId) -> Result<(), Broken> {
+        match self.told.get(&id) {
+            Some((at, Told::Started(told))) if *told == on => Err(Broken(format!(
+                "{on} of launch {id} is reaped, and was acknowledged at {at} us"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Whoever asked was told: acknowledged means that it runs, or ran and ended since.
     ///
     /// # Errors
@@ -88,7 +106,11 @@ impl Rules {
         if let (Told::Failed, Some(on)) = (told, self.live.get(&id)) {
             return Err(Broken(format!("launch {id} was told to have failed, and runs as {on}")));
         }
-        self.told.insert(id, (now, told));
+        // A named launch is told twice, and whoever was told that it runs owns it.
+        let started = matches!(self.told.get(&id), Some((_, Told::Started(_))));
+        if !started && told != Told::Nothing {
+            self.told.insert(id, (now, told));
+        }
         Ok(())
     }
 

@@ -3,16 +3,16 @@
 
 use std::collections::HashMap;
 
-use placer_core::{Launch, MapView, Step, dispatch::DECAY_US, launch};
+use placer_core::{Launch, MapView, Named, Step, dispatch::DECAY_US, launch};
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::index};
-use wire::{Code, HostId, LaunchId, SandboxId, launch::LaunchReply, report::FailureReport};
+use wire::{Code, HostId, SandboxId, launch::LaunchReply, report::FailureReport};
 
 use crate::{
     Fault, Micros, Options, Outcome, SECOND, What,
     check::{Broken, Rules, Told},
     control::{Aggregator, Noted, Question, Words, fleet_key},
     host::{Act, Caller, SimHost, Trouble},
-    placer::{Going, SimPlacer},
+    placer::{Going, SimPlacer, Way},
     queue::Queue,
     shape,
     stores::{Answer, MapFile, Stores},
@@ -30,6 +30,7 @@ const TICK_US: Micros = 100_000;
 #[derive(Debug)]
 enum Event {
     Arrive { hog: bool },
+    Again { placer: usize, key: u64, homes: Vec<HostId> },
     Beat(usize),
     Heartbeat { aggregator: usize, host: usize, bytes: Vec<u8> },
     Directive(usize, Vec<u8>),
@@ -239,6 +240,7 @@ impl World {
     fn happen(&mut self, event: Event) -> Result<(), Broken> {
         match event {
             Event::Arrive { hog } => self.arrive(hog)?,
+            Event::Again { placer, key, homes } => self.arrive_again(placer, key, &homes)?,
             Event::Beat(host) => self.beat(host),
             Event::Heartbeat { aggregator, host, bytes } => self.heard(aggregator, host, &bytes),
             Event::Directive(host, bytes) => {
@@ -338,13 +340,7 @@ impl World {
         let wait = -mean_us * (1.0 - self.arrivals.random::<f64>()).ln();
         self.queue.put(now + wait as Micros, Event::Arrive { hog });
         self.launches += 1;
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&self.launches.to_be_bytes());
         let at = self.arrivals.random_range(0..self.placers.len());
-        let placer = &mut self.placers[at];
-        let launch = Launch::new(now, shape(), self.options.budget_ms, &mut placer.dispatch);
-        let going = Going { launch, id: LaunchId(id), came: now, hog, wake: 0 };
-        placer.going.insert(self.launches, going);
         if !hog {
             let second = ((now - self.begin) / SECOND) as usize;
             if self.outcome.seconds.len() <= second {
@@ -352,7 +348,43 @@ impl World {
             }
             self.outcome.seconds[second].offered += 1;
         }
-        self.poll(at, self.launches)
+        if self.options.named > 0.0 && self.arrivals.random_bool(self.options.named) {
+            return self.arrive_named(at, self.launches | Caller::NAMED);
+        }
+        let placer = &mut self.placers[at];
+        let launch = Launch::new(now, shape(), self.options.budget_ms, &mut placer.dispatch);
+        self.enter(at, self.launches, Way::Picked(Box::new(launch)), hog)
+    }
+
+    /// A named launch comes, and comes again through another placer while its budget lasts.
+    fn arrive_named(&mut self, at: usize, key: u64) -> Result<(), Broken> {
+        let now = self.queue.now();
+        let homes = self.placers[at].homes(Caller::launch_id(key));
+        let budget_us = u64::from(self.options.budget_ms) * 1_000;
+        let placer = (at + self.arrivals.random_range(0..self.placers.len())) % self.placers.len();
+        if placer != at {
+            let again = now + self.arrivals.random_range(0..budget_us);
+            let event = Event::Again { placer, key: key | Caller::SECOND, homes: homes.clone() };
+            self.queue.put(again, event);
+        }
+        let named = Named::new(now, homes, self.options.budget_ms);
+        self.enter(at, key, Way::Named(named), false)
+    }
+
+    /// While two placers have different maps they may see other homes; PROTOCOL 6.11 promises nothing for these.
+    fn arrive_again(&mut self, at: usize, key: u64, homes: &[HostId]) -> Result<(), Broken> {
+        let own = self.placers[at].homes(Caller::launch_id(key));
+        if own != homes {
+            return Ok(());
+        }
+        let named = Named::new(self.queue.now(), own, self.options.budget_ms);
+        self.enter(at, key, Way::Named(named), false)
+    }
+
+    fn enter(&mut self, at: usize, key: u64, way: Way, hog: bool) -> Result<(), Broken> {
+        let (id, came) = (Caller::launch_id(key), self.queue.now());
+        self.placers[at].going.insert(key, Going { way, id, came, hog, wake: 0 });
+        self.poll(at, key)
     }
 
     fn put_beat(&mut self, host: usize, at: Micros) {
@@ -397,7 +429,7 @@ impl World {
         let here = &mut self.placers[placer];
         let Some(going) = here.going.get_mut(&key) else { return Ok(()) };
         let end = loop {
-            match going.launch.poll(now, &here.table, &mut here.dispatch) {
+            match going.way.poll(now, &here.table, &mut here.dispatch) {
                 Step::Send { host, budget_ms, .. } => sent.push((host, budget_ms, false)),
                 Step::Cancel { host } => sent.push((host, 0, true)),
                 Step::Wait { until } => {
@@ -437,7 +469,7 @@ impl World {
         let told = match end {
             launch::Outcome::Started(started) => {
                 self.outcome.started_on[self.at[&started.sandbox.host]] += 1;
-                if !going.hog {
+                if !going.hog && key & Caller::SECOND == 0 {
                     let second = usize::try_from((going.came - self.begin) / SECOND);
                     self.outcome.seconds[second.unwrap_or(0)].started += 1;
                     let took = u32::try_from(now - going.came).unwrap_or(u32::MAX);
@@ -447,7 +479,12 @@ impl World {
             }
             launch::Outcome::Failed(fault) => {
                 *self.outcome.codes.entry(fault.code.name()).or_default() += 1;
-                if fault.code == Code::Unknown { Told::Unknown } else { Told::Failed }
+                match (fault.code, &going.way) {
+                    (Code::Unknown, _) => Told::Unknown,
+                    // This placer sent nothing; what the other one did is its own.
+                    (Code::HostUnreachable | Code::NoHosts, Way::Named(_)) => Told::Nothing,
+                    _ => Told::Failed,
+                }
             }
         };
         self.rules.told(now, going.id, told)
@@ -464,7 +501,7 @@ impl World {
             return Ok(());
         }
         self.placers[caller.placer].broken.remove(&id);
-        let launch = self.launch_of(caller);
+        let launch = Caller::launch_id(caller.key);
         let mut acts = Vec::new();
         if cancel && self.options.cancels_lie {
             self.answer(host, caller, Said::Cancelled, None);
@@ -474,13 +511,6 @@ impl World {
             self.hosts[host].launch(now, launch, caller, &mut self.rng, &mut acts);
         }
         self.act(host, acts)
-    }
-
-    /// Launches are numbered, and their ids with them.
-    fn launch_of(&self, caller: Caller) -> LaunchId {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&caller.key.to_be_bytes());
-        LaunchId(id)
     }
 
     fn act(&mut self, host: usize, acts: Vec<Act>) -> Result<(), Broken> {
@@ -498,6 +528,7 @@ impl World {
                     let machine = self.hosts[host].machine;
                     self.queue.put(until, Event::Ended { host, machine, local });
                 }
+                Act::Reaped(id, sandbox) => self.rules.reaped(id, sandbox)?,
                 Act::Gone(id, sandbox) => self.rules.gone(id, sandbox),
                 Act::Cancelled(caller) => self.answer(host, caller, Said::Cancelled, None),
                 Act::Answer(callers, reply, local) => {
@@ -544,13 +575,13 @@ impl World {
         match what {
             Said::Reply(reply) => {
                 self.outcome.refused += u64::from(matches!(reply, LaunchReply::Refused(_)));
-                going.launch.handle_reply(now, id, reply, table, dispatch);
+                going.way.handle_reply(now, id, reply, table, dispatch);
             }
             Said::Unsent => {
-                going.launch.handle_unsent(now, id, Code::Unreachable, table, dispatch);
+                going.way.handle_unsent(now, id, table, dispatch);
             }
-            Said::Lost => going.launch.handle_lost(now, id, table, dispatch),
-            Said::Cancelled => going.launch.handle_cancel(now, id, true, table, dispatch),
+            Said::Lost => going.way.handle_lost(now, id, table, dispatch),
+            Said::Cancelled => going.way.handle_cancelled(now, id, table, dispatch),
         }
         self.poll(caller.placer, caller.key)
     }

@@ -45,6 +45,33 @@ pub struct Trouble {
     pub cut_off: Option<usize>,
 }
 
+impl Caller {
+    /// Numbers of named launches.
+    pub const NAMED: u64 = 1 << 62;
+    /// Numbers of the second sending of a named launch.
+    pub const SECOND: u64 = 1 << 63;
+
+    /// Whether the launch is named.
+    #[must_use]
+    pub const fn is_named(&self) -> bool {
+        self.key & Self::NAMED != 0
+    }
+
+    /// The launch's id: both sendings of a named one have the same.
+    #[must_use]
+    pub fn launch_id(key: u64) -> LaunchId {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&(key & !Self::SECOND).to_be_bytes());
+        LaunchId(id)
+    }
+
+    /// Whether it is the id of a named launch.
+    #[must_use]
+    pub fn names(id: LaunchId) -> bool {
+        u64::from_be_bytes(*id.0.first_chunk().unwrap_or(&[0; 8])) & Self::NAMED != 0
+    }
+}
+
 impl Trouble {
     /// None.
     pub const NONE: Self =
@@ -62,6 +89,8 @@ pub enum Act {
     Begin(Micros, LaunchId, SandboxId),
     /// A sandbox runs; [`SimHost::ended`] is due then.
     Runs(Micros, LaunchId, u64),
+    /// hostd ends a sandbox of its own accord, or for a cancel.
+    Reaped(LaunchId, SandboxId),
     /// A sandbox is gone.
     Gone(LaunchId, SandboxId),
 }
@@ -287,7 +316,7 @@ impl SimHost {
         let ask = Ask {
             launch_id: id,
             body: body(id),
-            named: false,
+            named: caller.is_named(),
             shape: shape(),
             budget_ms: caller.budget_ms,
             hard_ms: 3 * self.life_us / 1_000,
@@ -404,6 +433,9 @@ impl SimHost {
 
     fn deeds(&mut self, now: Micros, acts: &mut Vec<Act>) {
         while let Some(Deed::Kill(sandbox)) = self.core.poll_deed() {
+            if let Some((id, _)) = self.boxes.get(&sandbox.local) {
+                acts.push(Act::Reaped(*id, sandbox));
+            }
             self.ended(now, sandbox.local, acts);
         }
     }

@@ -51,6 +51,8 @@ pub struct Options {
     pub scan_ms: u64,
     /// Share of launches that one tenant adds on top (1.0: as many again).
     pub hog: f64,
+    /// Share of launches that are named and sent through two placers.
+    pub named: f64,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// A planted bug: cancels are answered and not obeyed. The rules must notice.
@@ -142,6 +144,7 @@ impl Default for Options {
             map_ms: 1_000,
             scan_ms: 30_000,
             hog: 0.0,
+            named: 0.0,
             faults: Vec::new(),
             cancels_lie: false,
             swaps_blind: false,

@@ -7,10 +7,13 @@ use std::{
 };
 
 use placer_core::{
-    Adopted, Adopter, CapacityTable, Dispatch, Launch, MapView, Report, sync::zeroed,
-    table::words_for,
+    Adopted, Adopter, CapacityTable, Dispatch, Launch, MapView, Named, Report, Step, named,
+    sync::zeroed, table::words_for,
 };
-use wire::{CapacityWord, HostId, LaunchId, map::MapVersion, report::FailureReport};
+use wire::{
+    CapacityWord, Code, HostId, LaunchId, launch::LaunchReply, map::MapVersion,
+    report::FailureReport,
+};
 
 use crate::{Micros, Options, stores::MapFile};
 
@@ -24,11 +27,99 @@ impl AsRef<[u8]> for Bytes {
     }
 }
 
+/// The placer's table.
+pub type Table = CapacityTable<Vec<AtomicU64>>;
+
+/// The state machine of a launch.
+#[derive(Debug)]
+pub enum Way {
+    /// Hosts are picked.
+    Picked(Box<Launch>),
+    /// Its hosts follow from its id.
+    Named(Named),
+}
+
+impl Way {
+    /// What to do now.
+    pub fn poll(&mut self, now: Micros, table: &Table, dispatch: &mut Dispatch) -> Step {
+        match self {
+            Self::Picked(launch) => launch.poll(now, table, dispatch),
+            Self::Named(named) => named.poll(now),
+        }
+    }
+
+    /// A host's answer.
+    pub fn handle_reply(
+        &mut self,
+        now: Micros,
+        host: HostId,
+        reply: LaunchReply,
+        table: &Table,
+        dispatch: &mut Dispatch,
+    ) {
+        match self {
+            Self::Picked(launch) => launch.handle_reply(now, host, reply, table, dispatch),
+            Self::Named(named) => {
+                let word = match &reply {
+                    LaunchReply::Started(started) => Some(started.word),
+                    LaunchReply::Refused(refused) => Some(refused.word),
+                    LaunchReply::Failed(_) => None,
+                };
+                word.map(|word| table.correct(host, word));
+                named.handle_reply(now, host, reply);
+            }
+        }
+    }
+
+    /// Nothing was sent.
+    pub fn handle_unsent(
+        &mut self,
+        now: Micros,
+        host: HostId,
+        table: &Table,
+        dispatch: &mut Dispatch,
+    ) {
+        match self {
+            Self::Picked(launch) => {
+                launch.handle_unsent(now, host, Code::Unreachable, table, dispatch);
+            }
+            Self::Named(named) => named.handle_unsent(now, host),
+        }
+    }
+
+    /// No answer will come.
+    pub fn handle_lost(
+        &mut self,
+        now: Micros,
+        host: HostId,
+        table: &Table,
+        dispatch: &mut Dispatch,
+    ) {
+        match self {
+            Self::Picked(launch) => launch.handle_lost(now, host, table, dispatch),
+            Self::Named(named) => named.handle_lost(now, host),
+        }
+    }
+
+    /// A cancel was carried out.
+    pub fn handle_cancelled(
+        &mut self,
+        now: Micros,
+        host: HostId,
+        table: &Table,
+        dispatch: &mut Dispatch,
+    ) {
+        if let Self::Picked(launch) = self {
+            launch.handle_cancel(now, host, true, table, dispatch);
+        }
+    }
+}
+
 /// A launch under way.
 #[derive(Debug)]
 pub struct Going {
     /// Its state machine.
-    pub launch: Launch,
+    pub way: Way,
     /// Its name.
     pub id: LaunchId,
     /// When it came.
@@ -42,7 +133,7 @@ pub struct Going {
 /// One placer.
 pub struct SimPlacer {
     /// Its table.
-    pub table: CapacityTable<Vec<AtomicU64>>,
+    pub table: Table,
     /// Its dispatcher.
     pub dispatch: Dispatch,
     /// Launches under way.
@@ -85,6 +176,12 @@ impl SimPlacer {
         let version = map.version();
         self.map = Some(map);
         Some((version, adopted))
+    }
+
+    /// The home hosts of an id by its map.
+    #[must_use]
+    pub fn homes(&self, id: LaunchId) -> Vec<HostId> {
+        self.map.as_ref().map(|map| named::homes(map, id)).unwrap_or_default()
     }
 
     /// Words of the feed.

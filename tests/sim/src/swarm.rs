@@ -45,6 +45,7 @@ pub fn options(seed: u64) -> Options {
         map_ms: rng.random_range(500..3_000),
         scan_ms: 16_000,
         hog: 0.0,
+        named: if rng.random_bool(0.4) { rng.random_range(0.02..0.3) } else { 0.0 },
         faults,
         cancels_lie: false,
         swaps_blind: false,

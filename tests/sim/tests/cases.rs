@@ -273,3 +273,32 @@ fn h8_h9_a_third_lost_and_clocks_apart_kill_nobody() {
     assert_eq!((outcome.removed, outcome.missing), (0, 0));
     assert!(outcome.success(0, usize::MAX) >= 0.9999, "{}", outcome.success(0, usize::MAX));
 }
+
+/// Q1: a named id comes through two placers, to hosts that are full, restart, are cut off and lose replies.
+#[test]
+fn q1_one_id_through_two_placers_is_one_sandbox() {
+    for seed in 0..100 {
+        let downs = (0..4).map(|n| {
+            let from_s = f64::from(n) * 4.0;
+            fault(from_s, from_s + 1.5, What::HostdDown(0.5))
+        });
+        let faults = downs.chain([fault(2.0, 14.0, What::Swizzle(0.6))]).collect();
+        let options = Options {
+            seed,
+            hosts: 8,
+            slots: 4,
+            placers: 3,
+            rate: 15.0,
+            seconds: 20,
+            life_seconds: 2.0,
+            budget_ms: 4_000,
+            reply_loss: 0.05,
+            named: 0.7,
+            faults,
+            ..Options::default()
+        };
+        let outcome = run(&options);
+        assert_eq!(outcome.broken, None, "seed {seed}");
+        assert!(outcome.success(0, usize::MAX) > 0.3, "{:?}", outcome.codes);
+    }
+}
