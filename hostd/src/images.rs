@@ -259,7 +259,7 @@ fn enter(names: &RefCell<Names>, key: (String, String), id: ImageId) {
     names.insert(key, Name { id, at: Instant::now(), renewing: false });
 }
 
-fn fault(error: &ImageError) -> Fault {
+pub(crate) fn fault(error: &ImageError) -> Fault {
     let code = match error {
         error if error.is_not_found() => Code::ImageNotFound,
         ImageError::NotFound(_) | ImageError::Name(_) => Code::ImageNotFound,

@@ -30,6 +30,7 @@ mod streams;
 
 pub use config::{Boxes, Config, EgressMode, Engine, HostConfig, ShapeConfig};
 pub use hostd_sandbox::probe;
+pub use real::rehearse::{Rehearsal, Said, rehearse};
 pub use run::run;
 
 /// Whether this binary can become what [`main_if_asked`] makes of it.

@@ -4,6 +4,7 @@
 //! are his trust domain: nothing is shared with, or seen by, another's. Left out: pushing images anywhere else.
 
 use std::{
+    io::Write as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -47,7 +48,11 @@ registry. A prefix settles what is meant: oci:, archive:, tar:, dir:, docker://.
 Examples:
   volley image prepare ./rootfs --name debian
   volley image prepare archive:python.tar --name python:3.12
-  volley image prepare docker://docker.io/library/busybox:latest --name busybox")]
+  volley image prepare docker://docker.io/library/busybox:latest --name busybox
+  volley image prepare ./rootfs --name py --run python3 -c 'import json'
+With --run the command is run once here, as root, in a sandbox without a network, and what it reads becomes the image's
+boot pack: hosts then bring that in one stream, the first one too. A command that does not end is stopped after --run-for;
+one that ends in an error leaves no boot pack.")]
 pub(crate) struct PrepareFlags {
     #[command(flatten)]
     client: ClientFlags,
@@ -65,8 +70,15 @@ pub(crate) struct PrepareFlags {
     /// Speak plain HTTP to the registry (one on this machine).
     #[arg(long)]
     plain_http: bool,
+    /// Time that the command of --run has; what it reads after that is not noted.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    run_for: Duration,
     /// Where the image comes from.
     source: String,
+    /// Run a command of the image once and record its boot pack; all words behind it are the command's. Without any: the
+    /// image's own command.
+    #[arg(long, value_name = "COMMAND", num_args = 0.., allow_hyphen_values = true)]
+    run: Option<Vec<String>>,
 }
 
 /// Flags of `volley image rm`.
@@ -137,6 +149,26 @@ pub(crate) struct Prepared {
     bytes: u64,
     new_bytes: u64,
     seconds: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    boot_pack: Option<BootPack>,
+}
+
+/// What a run at prepare recorded.
+#[derive(Debug, Serialize)]
+struct BootPack {
+    entry: String,
+    pages_bytes: u64,
+    stored_bytes: u64,
+    /// Whether the command was stopped when its time was up.
+    stopped: bool,
+}
+
+impl BootPack {
+    fn line(&self) -> String {
+        let (pages, stored) = (show::bytes(self.pages_bytes), show::bytes(self.stored_bytes));
+        let stopped = if self.stopped { "; the command was stopped" } else { "" };
+        format!("boot pack {}: {pages} of pages, {stored} stored{stopped}", self.entry)
+    }
 }
 
 impl Prepared {
@@ -150,7 +182,7 @@ impl Prepared {
             show::bytes(self.bytes),
             show::bytes(self.new_bytes),
             self.seconds
-        )
+        ) + &self.boot_pack.as_ref().map(|pack| format!("\n{}", pack.line())).unwrap_or_default()
     }
 }
 
@@ -190,6 +222,41 @@ pub(crate) fn prepare_into(
         bytes: summary.bytes,
         new_bytes: summary.new_bytes,
         seconds: summary.seconds,
+        boot_pack: None,
+    })
+}
+
+/// Runs a command of an image that was just prepared.
+fn rehearse(
+    objects: &str,
+    tenant: &str,
+    id: &str,
+    command: &[String],
+    at_most: Duration,
+) -> Result<BootPack, Failure> {
+    let store = wire_net::objects::open(objects)?;
+    let dir = tempfile::Builder::new().prefix("volley-run").tempdir();
+    let dir = dir.map_err(|error| Failure::io("a directory for the run", &error))?;
+    // What it says is for the person who watches; standard output has the summary.
+    let said = |bytes: &[u8]| drop(std::io::stderr().write_all(bytes));
+    let done = runtime()?.block_on(async {
+        let id = hostd_image::resolve(Arc::clone(&store), tenant, id).await?;
+        let run = (at_most, Arc::new(said) as hostd::Said);
+        hostd::rehearse(store, tenant, id, command, run, dir.path()).await.map_err(Failure::from)
+    });
+    let done = done.map_err(|failure| match failure.code() {
+        Code::Unsupported | Code::Privilege => {
+            failure.hint("the image is prepared; its first run on a host records the boot pack")
+        }
+        _ => failure.hint(
+            "the image is prepared and has no boot pack of this command; run it again with --run",
+        ),
+    })?;
+    Ok(BootPack {
+        entry: done.entry,
+        pages_bytes: done.boot.bytes,
+        stored_bytes: done.boot.stored,
+        stopped: done.ended.is_none(),
     })
 }
 
@@ -199,14 +266,19 @@ fn prepare(flags: &PrepareFlags) -> Result<(), Failure> {
     let name = flags.name.clone().or_else(|| source.default_name()).ok_or_else(|| {
         Failure::new(Code::Config, "the source gives no name to the image").hint("give --name NAME")
     })?;
-    let spec = PrepareSpec { domain: tenant(&file)?, name, source, arch: flags.arch.clone() };
+    let tenant = tenant(&file)?;
+    let spec = PrepareSpec { domain: tenant.clone(), name, source, arch: flags.arch.clone() };
     let password = || std::env::var("VOLLEY_REGISTRY_PASSWORD").unwrap_or_default();
     let access = RegistryAccess {
         login: flags.registry_user.clone().map(|user| (user, password())),
         plain_http: flags.plain_http,
     };
     let json = flags.output.output == show::Form::Json;
-    let prepared = prepare_into(file.objects()?, spec, access, json)?;
+    let mut prepared = prepare_into(file.objects()?, spec, access, json)?;
+    if let Some(command) = &flags.run {
+        let run = rehearse(file.objects()?, &tenant, &prepared.id, command, flags.run_for);
+        prepared.boot_pack = Some(run?);
+    }
     if json { show::json(&prepared) } else { show::print(&prepared.line()) }
 }
 

@@ -17,6 +17,7 @@ use crate::index::Damaged;
 use crate::limits::{CHUNK_BYTES, FRAME_BYTES};
 use crate::node::Node;
 use crate::proof::{self, GROUP};
+use crate::store::decompress;
 
 /// Bytes of a part before compression. The first parts are shorter, for a mount waits for the first.
 pub(crate) const PART_BYTES: usize = 1 << 20;
@@ -329,7 +330,7 @@ pub(crate) fn decode_head(
     len: usize,
     hash: &Hash,
 ) -> Result<Head, Damaged> {
-    let open = zstd::bulk::decompress(stored, len)
+    let open = decompress(stored, len)
         .map_err(|_| Damaged("a boot pack whose head does not decompress"))?;
     if domain.hash(&open) != *hash {
         return Err(Damaged("a boot pack whose head is not what its hash says"));
@@ -389,7 +390,7 @@ pub(crate) fn decode_part(
     meta: MetaFrames<'_>,
     stored: &[u8],
 ) -> Result<Vec<(Span, Bytes)>, Damaged> {
-    let open = zstd::bulk::decompress(stored, part.bytes as usize)
+    let open = decompress(stored, part.bytes as usize)
         .map_err(|_| Damaged("a boot part that does not decompress"))?;
     let open = Bytes::from(open);
     let mut cursor = Cursor(&open);

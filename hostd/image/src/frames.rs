@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -31,10 +32,13 @@ pub(crate) struct FrameAt {
 
 type Fetched = Result<Arc<Vec<Bytes>>, Arc<ImageError>>;
 
-/// A GET that is under way, and which of its frames is meant.
+/// A GET that is under way.
+type Run = Shared<BoxFuture<'static, Fetched>>;
+
+/// Which frame of a GET is meant.
 #[derive(Clone)]
 struct Flight {
-    run: Shared<BoxFuture<'static, Fetched>>,
+    run: Run,
     nth: usize,
 }
 
@@ -120,12 +124,13 @@ impl Frames {
         wanted: &[FrameAt],
     ) -> Result<Vec<Bytes>, Arc<ImageError>> {
         let mut out: Vec<Option<Bytes>> = wanted.iter().map(|at| self.look(&at.frame)).collect();
-        if out.iter().any(Option::is_none) {
-            let missing = wanted.iter().zip(&out).filter(|(_, got)| got.is_none());
-            self.start(missing.map(|(at, _)| *at).collect());
-            for (at, got) in wanted.iter().zip(&mut out).filter(|(_, got)| got.is_none()) {
-                *got = Some(self.wait(*at).await?);
-            }
+        let missing = wanted.iter().zip(&out).filter(|(_, got)| got.is_none());
+        let flights = self.start(missing.map(|(at, _)| *at).collect());
+        for (at, got) in wanted.iter().zip(&mut out).filter(|(_, got)| got.is_none()) {
+            let flight = flights.get(&at.frame.hash).cloned();
+            let flight =
+                flight.ok_or_else(|| Arc::new(Damaged("a frame without a flight").into()))?;
+            *got = Some(flight.run.await?[flight.nth].clone());
         }
         Ok(out.into_iter().flatten().collect())
     }
@@ -135,27 +140,34 @@ impl Frames {
         self.start(wanted.iter().filter(|at| self.look(&at.frame).is_none()).copied().collect());
     }
 
-    /// Waits for the flight of a frame; one that landed meanwhile left it in memory.
-    async fn wait(self: &Arc<Self>, at: FrameAt) -> Result<Bytes, Arc<ImageError>> {
-        loop {
-            let flight = lock(&self.flights).get(&at.frame.hash).cloned();
-            if let Some(flight) = flight {
-                let landed = flight.run.await?;
-                return Ok(landed[flight.nth].clone());
+    /// The flights of frames that are not here, begun if they are not under way.
+    fn start(self: &Arc<Self>, wanted: Vec<FrameAt>) -> HashMap<Hash, Flight> {
+        let (flights, begun) = self.flights_for(wanted);
+        for run in begun {
+            // The request goes out from this thread: a hop to another takes as long as unpacking a frame. What does not come
+            // at once lands on the runtime, even when who asked for it is gone.
+            if run.clone().now_or_never().is_none() {
+                self.runtime.spawn(run);
             }
-            if let Some(bytes) = self.look(&at.frame) {
-                return Ok(bytes);
-            }
-            self.start(vec![at]);
         }
+        flights
     }
 
-    /// Starts GETs for those that are not under way.
-    fn start(self: &Arc<Self>, mut wanted: Vec<FrameAt>) {
+    /// Flights of these frames, and the runs of those that are new.
+    fn flights_for(
+        self: &Arc<Self>,
+        mut wanted: Vec<FrameAt>,
+    ) -> (HashMap<Hash, Flight>, Vec<Run>) {
+        if wanted.is_empty() {
+            return Default::default();
+        }
         let mut flights = lock(&self.flights);
-        wanted.retain(|at| !flights.contains_key(&at.frame.hash));
+        let known = |at: &FrameAt| Some((at.frame.hash, flights.get(&at.frame.hash)?.clone()));
+        let mut found: HashMap<_, _> = wanted.iter().filter_map(known).collect();
+        wanted.retain(|at| !found.contains_key(&at.frame.hash));
         wanted.sort_unstable_by_key(|at| (at.pack, at.frame.offset));
         wanted.dedup_by_key(|at| at.frame.hash);
+        let mut begun = Vec::new();
         // Ordinals of packs are an image's own; the runs are cut per pack hash.
         for of_pack in wanted.chunk_by(|a, b| a.pack == b.pack) {
             let frames: Vec<FrameRef> =
@@ -163,16 +175,19 @@ impl Frames {
             for run in runs(&frames) {
                 let (this, pack, run) = (self.clone(), of_pack[0].pack, run.to_vec());
                 let hashes: Vec<Hash> = run.iter().map(|frame| frame.hash).collect();
-                // On the runtime, so that it lands even when who asked for it is gone.
-                let task = self.runtime.spawn(async move { this.fetch(pack, run).await });
-                let lost = |_| Arc::new(ImageError::from(Damaged("a fetch that was stopped")));
-                let run = task.map(move |done| done.unwrap_or_else(|e| Err(lost(e))));
+                let fetch = AssertUnwindSafe(async move { this.fetch(pack, run).await });
+                let lost = |_| Err(Arc::new(ImageError::from(Damaged("a fetch that panicked"))));
+                let run = fetch.catch_unwind().map(move |done| done.unwrap_or_else(lost));
                 let run = run.boxed().shared();
                 for (nth, hash) in hashes.into_iter().enumerate() {
-                    flights.insert(hash, Flight { run: run.clone(), nth });
+                    let flight = Flight { run: run.clone(), nth };
+                    flights.insert(hash, flight.clone());
+                    found.insert(hash, flight);
                 }
+                begun.push(run);
             }
         }
+        (found, begun)
     }
 
     /// Fetches frames that lie one after another, checks them, and keeps them.

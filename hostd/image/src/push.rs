@@ -388,12 +388,7 @@ impl Pusher {
             return Ok(());
         }
         let (summary, pack) = self.fill(id, had.as_ref().map(|had| &had.proven), recorder).await?;
-        let pack = Bytes::from(pack);
-        self.put(id, &run.entry, pack.clone()).await?;
-        if !entries.iter().any(|entry| entry == DEFAULT_ENTRY) && run.entry != DEFAULT_ENTRY {
-            // For commands that nobody has run yet: most of what an image's programs read first is the same.
-            self.put(id, DEFAULT_ENTRY, pack).await?;
-        }
+        self.publish(id, &run.entry, &entries, pack).await?;
         count(if own { &counters.boot_packs_renewed } else { &counters.boot_packs_recorded });
         tracing::info!(image = %id, entry = run.entry, ?summary, own, missed, "boot pack written");
         Ok(())
@@ -418,6 +413,23 @@ impl Pusher {
         filled.map_err(ImageError::Shared)
     }
 
+    /// Writes a pack, and as the image's own too if that has none.
+    async fn publish(
+        &self,
+        id: ImageId,
+        entry: &str,
+        entries: &[String],
+        pack: Vec<u8>,
+    ) -> Result<(), ImageError> {
+        let pack = Bytes::from(pack);
+        self.put(id, entry, pack.clone()).await?;
+        if entry != DEFAULT_ENTRY && !entries.iter().any(|entry| entry == DEFAULT_ENTRY) {
+            // For commands that nobody has run yet: most of what an image's programs read first is the same.
+            self.put(id, DEFAULT_ENTRY, pack).await?;
+        }
+        Ok(())
+    }
+
     async fn put(&self, id: ImageId, entry: &str, pack: Bytes) -> Result<(), ImageError> {
         let path = boot_path(id, entry);
         let put = self.server.frames.at().store.put(&path, PutPayload::from(pack)).await;
@@ -435,7 +447,8 @@ impl Pusher {
             return Err(crate::NameError::Image(entry.to_owned()).into());
         }
         let (summary, pack) = self.fill(id, None, recorder).await?;
-        self.put(id, entry, Bytes::from(pack)).await?;
+        let entries = self.entries(id).await?;
+        self.publish(id, entry, &entries, pack).await?;
         Ok(summary)
     }
 }

@@ -6,6 +6,7 @@
 
 mod adopt;
 mod ask;
+pub(crate) mod rehearse;
 mod start;
 mod ways;
 

@@ -282,12 +282,7 @@ fn spec_of(
 /// The program out of the request and the image's config, as OCI says: a command replaces the image's and comes after
 /// its entrypoint.
 fn program_of(request: &LaunchRequest, config: &ImageConfig) -> Result<Program, Fault> {
-    let tail = if request.command.is_empty() { &config.cmd } else { &request.command };
-    let argv: Vec<String> = config.entrypoint.iter().chain(tail).cloned().collect();
-    if argv.is_empty() {
-        let text = "the launch names no command and the image has none; nothing was started";
-        return Err(Fault::new(Code::BadRequest, text));
-    }
+    let argv = argv_of(&request.command, config)?;
     let own =
         |text: &String, image: &String| if text.is_empty() { image.clone() } else { text.clone() };
     Ok(Program {
@@ -298,6 +293,17 @@ fn program_of(request: &LaunchRequest, config: &ImageConfig) -> Result<Program, 
         tty: request.tty.then_some(TTY),
         stdin: request.stdin,
     })
+}
+
+/// What is executed when these words are asked for.
+pub(super) fn argv_of(command: &[String], config: &ImageConfig) -> Result<Vec<String>, Fault> {
+    let tail = if command.is_empty() { &config.cmd } else { command };
+    let argv: Vec<String> = config.entrypoint.iter().chain(tail).cloned().collect();
+    if argv.is_empty() {
+        let text = "the launch names no command and the image has none; nothing was started";
+        return Err(Fault::new(Code::BadRequest, text));
+    }
+    Ok(argv)
 }
 
 /// The image's environment with the request's in place of and behind it.
