@@ -103,7 +103,7 @@ fn decide(cell: &Rc<HostCell>, now_ms: u64, ask: &Ask, bytes: &[u8]) -> Launch {
         }
         Admit::Refused(refused) => {
             count(&cell.counts.refused);
-            Launch::Now(LaunchReply::Refused(refused))
+            crate::real::refuse(cell, *ask, refused)
         }
         Admit::Failed(fault) => failed(cell, fault),
     }

@@ -36,6 +36,7 @@ fn main() {
             "a_killed_hostd_takes_its_boxes_up_again",
             crashes::a_killed_hostd_takes_its_boxes_up_again,
         ),
+        ("a_named_refusal_outlives_hostd", crashes::a_named_refusal_outlives_hostd),
         (
             "a_kill_at_any_moment_loses_and_doubles_nothing",
             crashes::a_kill_at_any_moment_loses_and_doubles_nothing,

@@ -1,6 +1,6 @@
 //! What outlived a restart of the daemon, told to a new core before it serves.
 
-use wire::LaunchId;
+use wire::{Code, LaunchId};
 
 use crate::{
     host::Host,
@@ -23,5 +23,11 @@ impl<N> Host<N> {
     pub fn recall(&mut self, now_ms: u64, launch_id: LaunchId, body: BodyHash, fate: Fate) {
         let place = self.launches.remember(launch_id, body, fate);
         self.launches.release(now_ms, place);
+    }
+
+    /// Remembers that an earlier start of the daemon refused a named launch (PROTOCOL 6.12).
+    pub fn recall_refused(&mut self, now_ms: u64, launch_id: LaunchId, code: Code) {
+        // One more than there is room for is one of 65,536 of the last minutes.
+        let _ = self.launches.refuse(now_ms, launch_id, code);
     }
 }

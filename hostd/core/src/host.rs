@@ -161,9 +161,12 @@ impl<N> Host<N> {
         match self.launches.look(&ask.launch_id, &ask.body) {
             Known::New => self.admit(now_ms, ask, note),
             Known::Same(fate) => match fate.clone() {
-                Fate::Claimed { local } => Admit::Pending(self.sandbox_id(local)),
+                Fate::Claimed { local } => {
+                    self.handle_asked(local);
+                    Admit::Pending(self.sandbox_id(local))
+                }
                 Fate::Started(started) => {
-                    self.handle_taken(started.sandbox.local);
+                    self.handle_asked(started.sandbox.local);
                     Admit::Started(started)
                 }
                 Fate::Failed(fault) => Admit::Failed(*fault),
@@ -186,10 +189,8 @@ impl<N> Host<N> {
             return self.refused(Code::Overloaded);
         }
         if let Err(code) = self.admission.take(ask.shape) {
-            if ask.named {
-                self.launches.refuse(now_ms, ask.launch_id, code);
-            }
-            return self.refused(code);
+            let kept = !ask.named || self.launches.refuse(now_ms, ask.launch_id, code);
+            return self.refused(if kept { code } else { Code::Overloaded });
         }
         self.made += 1;
         let local = (self.incarnation.0 << LOCAL_BITS) | self.made;
@@ -207,6 +208,7 @@ impl<N> Host<N> {
             idle_ms: ask.idle_ms,
             used_ms: now_ms,
             lapse_at_ms: after(u64::from(ask.budget_ms)),
+            callers: 1,
             ending: None,
             drop_at_ms: None,
             note: note(id),
@@ -272,6 +274,7 @@ impl<N> Host<N> {
 
     /// A claimed sandbox found no box: its launch is refused after all, and nothing of it is left.
     pub fn handle_no_box(&mut self, now_ms: u64, local: u64, named: bool, code: Code) -> Refused {
+        let mut kept = true;
         if let Some(sandbox) = self.sandboxes.remove(&local) {
             self.disarm(local, sandbox.ties);
             self.free(sandbox.shape);
@@ -281,13 +284,11 @@ impl<N> Host<N> {
                 }
                 place => {
                     place.into_iter().for_each(|place| self.launches.drop_claim(place));
-                    if named {
-                        self.launches.refuse(now_ms, sandbox.launch_id, code);
-                    }
+                    kept = !named || self.launches.refuse(now_ms, sandbox.launch_id, code);
                 }
             }
         }
-        Refused { word: self.word(), code }
+        Refused { word: self.word(), code: if kept { code } else { Code::Overloaded } }
     }
 
     /// A sandbox has ended, and nothing of it is left. Returns how, as it is told.
@@ -408,21 +409,28 @@ impl<N> Host<N> {
         }
     }
 
-    /// Its answer reached nobody: unless somebody asks for it by its id within the budget, it is reaped.
+    /// An answer reached nobody. If nobody else has one or waits for one, it is reaped, unless somebody asks for it by its
+    /// id within the budget.
     pub fn handle_undelivered(&mut self, now_ms: u64, local: u64, budget_ms: u32) {
         if let Some(sandbox) = self.sandboxes.get_mut(&local)
             && sandbox.is_live()
         {
-            let wait_ms = u64::from(budget_ms) + LAPSE_GRACE_MS;
-            sandbox.lapse_at_ms = Some(now_ms.saturating_add(wait_ms));
-            self.arm(local);
+            sandbox.callers = sandbox.callers.saturating_sub(1);
+            if sandbox.callers == 0 {
+                let wait_ms = u64::from(budget_ms) + LAPSE_GRACE_MS;
+                sandbox.lapse_at_ms = Some(now_ms.saturating_add(wait_ms));
+                self.arm(local);
+            }
         }
     }
 
-    /// Somebody has its answer after all.
-    fn handle_taken(&mut self, local: u64) {
+    /// Somebody more asks for its answer. One that runs is theirs from here on.
+    fn handle_asked(&mut self, local: u64) {
         if let Some(sandbox) = self.sandboxes.get_mut(&local) {
-            sandbox.lapse_at_ms = None;
+            sandbox.callers = sandbox.callers.saturating_add(1);
+            if sandbox.state != State::Claimed {
+                sandbox.lapse_at_ms = None;
+            }
         }
     }
 

@@ -273,6 +273,23 @@ fn an_answer_that_reached_nobody_is_reaped_unless_somebody_asks() {
 }
 
 #[test]
+fn what_one_caller_has_is_not_reaped_for_another_that_was_lost() {
+    let mut host = host(10);
+    let local = run(&mut host, 0, &ask(A, 1));
+    assert!(matches!(host.handle_launch(1, &ask(A, 1), |_| ()), Admit::Started(_)));
+    host.handle_undelivered(2, local, 1_000);
+    host.handle_timeout(60_000);
+    assert_eq!(host.poll_deed(), None, "the first caller has it");
+    let Admit::Begin(id) = host.handle_launch(60_000, &ask(B, 1), |_| ()) else { panic!() };
+    assert!(matches!(host.handle_launch(60_001, &ask(B, 1), |_| ()), Admit::Pending(_)));
+    host.handle_started(60_002, id.local, Steps::default()).unwrap();
+    host.handle_undelivered(60_003, id.local, 1_000);
+    host.handle_undelivered(60_004, id.local, 1_000);
+    host.handle_timeout(120_000);
+    assert_eq!(host.poll_deed(), Some(Deed::Kill(id)), "both were lost");
+}
+
+#[test]
 fn a_claim_lapses_with_its_budget() {
     let mut host = host(10);
     let Admit::Begin(id) = host.handle_launch(0, &ask(A, 1), |_| ()) else { panic!() };
@@ -313,6 +330,15 @@ fn a_named_refusal_stays_for_all_placers() {
     assert!(matches!(host.handle_launch(2, &named, |_| ()), Admit::Refused(_)), "PROTOCOL 6.12");
     host.handle_timeout(200_000);
     assert!(matches!(host.handle_launch(200_000, &named, |_| ()), Admit::Begin(_)));
+}
+
+#[test]
+fn a_refusal_of_an_earlier_start_is_repeated() {
+    let mut host = host(1);
+    host.recall_refused(0, B, Code::NoCapacity);
+    let named = Ask { named: true, ..ask(B, 1) };
+    let Admit::Refused(refused) = host.handle_launch(1, &named, |_| ()) else { panic!() };
+    assert_eq!(refused.code, Code::NoCapacity);
 }
 
 #[test]

@@ -157,16 +157,15 @@ impl Launches {
         }
     }
 
-    /// Remembers that a named launch was refused.
-    pub fn refuse(&mut self, now_ms: u64, id: LaunchId, code: Code) {
-        if self.refusals.len() >= REFUSALS_MAX
-            && let Some((_, oldest)) = self.refusals.pop_front()
-        {
-            self.refused.remove(&oldest);
+    /// Remembers that a named launch was refused. `false`: there is no room, and it must be asked again.
+    pub fn refuse(&mut self, now_ms: u64, id: LaunchId, code: Code) -> bool {
+        if self.refused.len() >= REFUSALS_MAX && !self.refused.contains_key(&id) {
+            return false;
         }
         if self.refused.insert(id, code).is_none() {
             self.refusals.push_back((now_ms + u64::from(BUDGET_MS_MAX), id));
         }
+        true
     }
 
     /// Forgets what is due.
@@ -243,12 +242,13 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_bounded() {
+    fn refusals_are_bounded_and_none_is_forgotten_early() {
         let mut launches = Launches::new(1);
-        for n in 0..REFUSALS_MAX as u128 + 10 {
-            launches.refuse(0, LaunchId(n.to_le_bytes()), Code::NoCapacity);
+        for n in 0..REFUSALS_MAX as u128 {
+            assert!(launches.refuse(0, LaunchId(n.to_le_bytes()), Code::NoCapacity));
         }
-        assert_eq!(launches.refused.len(), REFUSALS_MAX);
+        assert!(!launches.refuse(0, LaunchId([0xff; 16]), Code::NoCapacity));
+        assert!(launches.refuse(0, LaunchId([0; 16]), Code::NoCapacity), "again");
         assert_eq!(launches.refusals.len(), REFUSALS_MAX);
     }
 }

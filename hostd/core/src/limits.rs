@@ -10,8 +10,8 @@ pub const REMEMBER_MS: u64 = BUDGET_MS_MAX as u64 + 30_000;
 /// forgetting could start a sandbox twice. 150 bytes each.
 pub const LAUNCHES_MAX: usize = 1 << 21;
 
-/// Refusals that are remembered, so that a late copy of a request is refused as well. At the limit the oldest
-/// goes: what is lost is a second line of defence only.
+/// Refusals of named launches that are remembered. At the limit further ones are answered by `overloaded`, which
+/// placers ask again after: forgetting one early could start a sandbox twice (PROTOCOL 6.12).
 pub const REFUSALS_MAX: usize = 1 << 16;
 
 /// Ended sandboxes whose full records (and logs) are kept for those who look later.

@@ -29,6 +29,8 @@ pub struct Sandbox<N> {
     pub used_ms: u64,
     /// When it is reaped because nobody took its answer.
     pub lapse_at_ms: Option<u64>,
+    /// Callers that have its answer or wait for it. One whose answer could not be delivered is none.
+    pub callers: u32,
     /// Why it is being ended, once it is.
     pub ending: Option<ExitWhy>,
     /// When its record is dropped, once it has ended.

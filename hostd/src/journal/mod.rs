@@ -146,9 +146,9 @@ impl Journal {
         self.send(writes)
     }
 
-    /// Remembers a cancelled launch.
-    pub(crate) fn cancelled(&self, launch_id: LaunchId) -> Written {
-        self.send(vec![Write::Launch(launch_id, Some(Past::Cancelled))])
+    /// Remembers what became of a launch that has no sandbox.
+    pub(crate) fn remember(&self, launch_id: LaunchId, past: Past) -> Written {
+        self.send(vec![Write::Launch(launch_id, Some(past))])
     }
 
     /// Forgets a sandbox and its launch: its time has run.
@@ -361,7 +361,7 @@ mod tests {
             block_on(journal.put(9, row(Stage::Claimed)).done()).unwrap();
             let past = Past::Failed([2; 16], fault.clone());
             block_on(journal.drop_claim(9, LaunchId([9; 16]), Some(past)).done()).unwrap();
-            block_on(journal.cancelled(LaunchId([8; 16])).done()).unwrap();
+            block_on(journal.remember(LaunchId([8; 16]), Past::Cancelled).done()).unwrap();
         }
         let (journal, left) = Journal::open(&path).unwrap();
         let rows: Vec<(u64, Row)> = (1..).zip(stages.map(row)).collect();

@@ -136,6 +136,8 @@ pub(crate) enum Past {
     Cancelled,
     /// It failed.
     Failed(BodyHash, Fault),
+    /// It is named and was refused for this reason.
+    Refused(Code),
 }
 
 impl Past {
@@ -149,6 +151,10 @@ impl Past {
                 bytes.extend_from_slice(fault.message.as_bytes());
                 bytes
             }
+            Self::Refused(code) => {
+                let [low, high] = (*code as u16).to_le_bytes();
+                vec![2, low, high]
+            }
         }
     }
 
@@ -158,14 +164,19 @@ impl Past {
             [0] => Some(Self::Cancelled),
             [1] => {
                 let body = take(&mut rest)?;
-                let number = u16::from_le_bytes(take(&mut rest)?);
-                let code = Code::ALL.iter().copied().find(|code| *code as u16 == number)?;
+                let code = code(&mut rest)?;
                 let message = String::from_utf8(rest.to_vec()).ok()?;
                 Some(Self::Failed(body, Fault::new(code, message)))
             }
+            [2] => code(&mut rest).map(Self::Refused),
             _ => None,
         }
     }
+}
+
+fn code(rest: &mut &[u8]) -> Option<Code> {
+    let number = u16::from_le_bytes(take(rest)?);
+    Code::ALL.iter().copied().find(|code| *code as u16 == number)
 }
 
 #[cfg(test)]

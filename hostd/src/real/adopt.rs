@@ -44,11 +44,15 @@ pub(crate) async fn adopt(cell: &Rc<HostCell>) -> Result<(), Fault> {
     let mut exited: HashMap<u64, Exit> =
         found.exited.iter().map(|one| (sandbox_id(one.id).local, exit_of(one.status))).collect();
     for (launch_id, past) in found.left.launches {
-        let (body, fate) = match past {
-            Past::Cancelled => ([0; 16], Fate::Cancelled),
-            Past::Failed(body, fault) => (body, Fate::Failed(Box::new(fault))),
-        };
-        cell.core.borrow_mut().recall(now_ms, launch_id, body, fate);
+        let mut core = cell.core.borrow_mut();
+        match past {
+            Past::Cancelled => core.recall(now_ms, launch_id, [0; 16], Fate::Cancelled),
+            Past::Failed(body, fault) => {
+                core.recall(now_ms, launch_id, body, Fate::Failed(Box::new(fault)));
+            }
+            Past::Refused(code) => core.recall_refused(now_ms, launch_id, code),
+        }
+        drop(core);
         // There is no row of a sandbox under zero.
         real.forget_later(now_ms, 0, launch_id);
     }
@@ -229,6 +233,7 @@ fn remembered(
         idle_ms: row.idle_ms,
         used_ms: clock::now_ms(),
         lapse_at_ms: None,
+        callers: 1,
         ending: None,
         drop_at_ms: None,
         note,

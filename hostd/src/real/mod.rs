@@ -32,7 +32,7 @@ pub(crate) use self::{
         connect, connect_fd, end_input, exec, file, open_read, open_write, os_fault, resize,
         signal, stats, watch,
     },
-    start::start,
+    start::{refuse, start},
 };
 use self::{start::claim_fault, ways::Ways};
 use crate::{
@@ -41,7 +41,7 @@ use crate::{
     doors::DoorsConfig,
     host::{Backend, HostCell},
     images::{ImageSettings, Images},
-    journal::{Journal, Left, Row, Stage, Written},
+    journal::{Journal, Left, Past, Row, Stage, Written},
     note::Note,
     runtime::spawn,
 };
@@ -343,7 +343,7 @@ pub(crate) async fn keep_cancel(cell: &HostCell, launch_id: LaunchId) -> Result<
     match &cell.backend {
         Backend::Real(real) => {
             real.forget_later(clock::now_ms(), 0, launch_id);
-            real.journal.cancelled(launch_id).done().await
+            real.journal.remember(launch_id, Past::Cancelled).done().await
         }
         Backend::None { .. } => Ok(()),
     }

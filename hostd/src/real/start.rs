@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use wire::{
     Code, Fault, SandboxId,
     call::MAIN_PROCESS,
-    launch::{LaunchReply, LaunchRequest, Steps},
+    launch::{LaunchReply, LaunchRequest, Refused, Steps},
 };
 
 use super::{Real, box_id, ended, row_of};
@@ -84,22 +84,50 @@ async fn make(cell: &Rc<HostCell>, real: &Real, note: &Rc<Note>, ask: Ask) -> La
                 }
                 Err(fault) => {
                     undo(real, note.id).await;
-                    failed(cell, real, note, &ask, fault)
+                    failed(cell, real, note, &ask, fault).await
                 }
             }
         }
-        Err(Outcome::Failed(fault)) => failed(cell, real, note, &ask, fault),
+        Err(Outcome::Failed(fault)) => failed(cell, real, note, &ask, fault).await,
         Err(Outcome::NoBox(code)) => {
             note.doors.borrow_mut().close();
             drop(real.journal.drop_claim(local, ask.launch_id, None));
             let now_ms = clock::now_ms();
-            let mut core = cell.core.borrow_mut();
-            LaunchReply::Refused(core.handle_no_box(now_ms, local, ask.named, code))
+            let refused = cell.core.borrow_mut().handle_no_box(now_ms, local, ask.named, code);
+            LaunchReply::Refused(remembered(real, &ask, refused).await)
         }
     }
 }
 
-fn failed(
+/// Refuses a launch. A named one is refused by the next start of the daemon too (PROTOCOL 6.12), so its answer waits for
+/// the journal.
+pub(crate) fn refuse(cell: &Rc<HostCell>, ask: Ask, refused: Refused) -> Launch {
+    if !ask.named || matches!(cell.backend, Backend::None { .. }) {
+        return Launch::Now(LaunchReply::Refused(refused));
+    }
+    let note = Rc::new(Note::new(SandboxId { host: cell.id, local: 0 }, &[]));
+    let (cell, own) = (Rc::clone(cell), Rc::clone(&note));
+    spawn(async move {
+        let Backend::Real(real) = &cell.backend else { return };
+        own.outcome.set(LaunchReply::Refused(remembered(real, &ask, refused).await));
+    });
+    Launch::Later(note)
+}
+
+/// What is answered for a refusal once it is in the journal, if it has to be there.
+async fn remembered(real: &Real, ask: &Ask, refused: Refused) -> Refused {
+    if !ask.named || refused.code == Code::Overloaded {
+        return refused;
+    }
+    real.forget_later(clock::now_ms(), 0, ask.launch_id);
+    match real.journal.remember(ask.launch_id, Past::Refused(refused.code)).done().await {
+        Ok(()) => refused,
+        // The one refusal that need not be remembered.
+        Err(_) => Refused { code: Code::Overloaded, ..refused },
+    }
+}
+
+async fn failed(
     cell: &Rc<HostCell>,
     real: &Real,
     note: &Rc<Note>,
@@ -115,8 +143,12 @@ fn failed(
         Code::Cancelled => Past::Cancelled,
         _ => Past::Failed(ask.body, fault.clone()),
     };
-    drop(real.journal.drop_claim(note.id.local, ask.launch_id, Some(past)));
+    let written = real.journal.drop_claim(note.id.local, ask.launch_id, Some(past));
     real.forget_later(now_ms, note.id.local, ask.launch_id);
+    // For a named launch placers go on to its next home, which the next start of the daemon must not contradict.
+    if ask.named && written.done().await.is_err() {
+        tracing::warn!(id = %note.id, "a failed named launch is not in the journal");
+    }
     LaunchReply::Failed(fault)
 }
 

@@ -7,7 +7,7 @@ use wire::{
     Code,
     call::{Answer, Call, ExecRequest, Exit, ExitWhy, State},
     frame::Kind,
-    launch::{LaunchReply, Limits},
+    launch::{LaunchHead, LaunchReply, Limits},
 };
 use wire_net::stream;
 
@@ -15,6 +15,37 @@ use crate::{
     common::{block_on, call, inspect, launch, request, started},
     place::{self, Place, exec_all, exited, fault_of},
 };
+
+/// PROTOCOL 6.12: other placers went on to the next home, where it may run by now.
+pub(crate) fn a_named_refusal_outlives_hostd() {
+    let mut place = Place::with(|config| (config.boxes_max, config.pool) = (1, [1, 0, 0, 0]));
+    let (full, named) = (request(1, "img", &["sleep", "100"]), request(2, "img", &["true"]));
+    let refused = async |place: &Place| {
+        let head = LaunchHead { budget_ms: 10_000, named: true };
+        let placer = place.placer().await;
+        match stream::launch(&placer, head, &named.to_bytes()).await.unwrap() {
+            LaunchReply::Refused(refused) => refused.code,
+            other => panic!("{other:?}"),
+        }
+    };
+    block_on(async {
+        let placer = place.placer().await;
+        let id = started(&placer, &full).await.sandbox;
+        assert_eq!(refused(&place).await, Code::NoCapacity);
+        call(&placer, &Call::Kill { sandbox: id, signal: 0 }).await.unwrap();
+        exited(&placer, id).await;
+        assert_eq!(refused(&place).await, Code::NoCapacity, "although there is room");
+    });
+    place.kill_hostd();
+    place.start_hostd();
+    block_on(async {
+        assert_eq!(refused(&place).await, Code::NoCapacity, "although it was killed");
+        let placer = place.placer().await;
+        let id = started(&placer, &request(3, "img", &["true"])).await.sandbox;
+        assert_eq!(exited(&placer, id).await.code, 0);
+    });
+    place.end();
+}
 
 pub(crate) fn a_killed_hostd_takes_its_boxes_up_again() {
     let mut place = Place::new();

@@ -153,7 +153,8 @@ impl LaunchSpec {
         self
     }
 
-    /// Names the launch: the same id again, from any program and through any placer, is the same sandbox.
+    /// Names the launch: the same id again, from any program and through any placer, is the same sandbox. Send it again within
+    /// two minutes (`BUDGET_MS_MAX`, PROTOCOL 6.12); later it may be taken for a new launch.
     ///
     /// Without it the client draws an id that nobody else knows, and the launch goes to the emptier of two hosts. A
     /// named launch goes to the home hosts of its id in order, so that all placers agree (PROTOCOL 6.11).

@@ -120,6 +120,8 @@ pub struct SimHost {
     cancelling: BTreeMap<u64, Vec<Caller>>,
     /// What hostd's journal holds: it survives all but the loss of the disk.
     journal: BTreeMap<LaunchId, Fate>,
+    /// And the named launches that it says were refused.
+    refused: BTreeMap<LaunchId, Code>,
     start_us: Micros,
     cores: u32,
     life_us: Micros,
@@ -201,6 +203,7 @@ impl SimHost {
             waiting: BTreeMap::new(),
             cancelling: BTreeMap::new(),
             journal: BTreeMap::new(),
+            refused: BTreeMap::new(),
             start_us: options.start_us,
             cores: options.cores,
             life_us,
@@ -337,7 +340,12 @@ impl SimHost {
                 return;
             }
             Admit::Started(started) => LaunchReply::Started(started),
-            Admit::Refused(refused) => LaunchReply::Refused(refused),
+            Admit::Refused(refused) => {
+                if ask.named {
+                    self.refused.insert(id, refused.code);
+                }
+                LaunchReply::Refused(refused)
+            }
             Admit::Failed(fault) => LaunchReply::Failed(fault),
         };
         let local = match &reply {
@@ -483,6 +491,7 @@ impl SimHost {
                 idle_ms: 0,
                 used_ms: now_ms,
                 lapse_at_ms: None,
+                callers: 1,
                 ending: None,
                 drop_at_ms: None,
                 note: (),
@@ -491,6 +500,9 @@ impl SimHost {
             if killed {
                 self.core.handle_kill(*local);
             }
+        }
+        for (id, code) in &self.refused {
+            self.core.recall_refused(now_ms, *id, *code);
         }
         for (id, fate) in &self.journal {
             if !self.boxes.values().any(|(live, _)| live == id) {
