@@ -124,10 +124,6 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    pub(crate) fn failed(code: Code, message: impl Into<String>) -> Self {
-        Self { outcome: Outcome::Failed(Fault::new(code, message)), host: None }
-    }
-
     fn reply(&self) -> LaunchReply {
         match &self.outcome {
             Outcome::Started(started) => LaunchReply::Started(*started),
