@@ -66,11 +66,14 @@ fn ask(
         LaunchRequest::from_bytes(bytes)
             .map_err(|_| bad("a field of the request is out of bounds"))?;
     }
+    let launch_id = LaunchId(request.launch_id.0);
+    // Its memory comes while the request is hashed.
+    cell.core.borrow().launches().warm(&launch_id);
     let hash = blake3::hash(bytes);
     let (body, _) = hash.as_bytes().split_first_chunk().unwrap_or((&[0; 16], &[]));
     let hard_ms = request.limits.hard_ms.to_native();
     Ok(Ask {
-        launch_id: LaunchId(request.launch_id.0),
+        launch_id,
         body: *body,
         named: head.named,
         shape,

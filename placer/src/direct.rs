@@ -168,6 +168,8 @@ impl Worker {
             Ok(Asked { id, tenant, shape, head, .. }) => AskedHere { id, tenant, shape, head },
             Err(fault) => return lane.answer(tag, &self.denied(fault)),
         };
+        // All of a packet come in before the first is taken up.
+        self.known.warm(&asked.id);
         let tenant = asked.tenant;
         let cost = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         let arrived = Arrived { lane: Rc::clone(lane), tag, payload, asked, came: now };

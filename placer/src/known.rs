@@ -138,6 +138,11 @@ impl Known {
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A launch will come in soon.
+    pub(crate) fn warm(&self, id: &LaunchId) {
+        self.shard(self.shard_of(id)).launches.warm(id);
+    }
+
     /// A launch comes in; with `start`, one that is not known is under way from now on.
     pub(crate) fn enter(
         &self,

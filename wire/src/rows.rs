@@ -93,6 +93,12 @@ impl<T> Rows<T> {
         self.index.find(hash, |at| self.row(at).id == *id).map(Place)
     }
 
+    /// Has the memory on its way in which an id will be looked up: useful when there is something else to do before that.
+    #[inline]
+    pub fn warm(&self, id: &LaunchId) {
+        self.index.warm(self.seed.hash_one(id));
+    }
+
     /// The row there, if one still is: the place of a row that was removed may be another's.
     #[must_use]
     pub fn get(&self, place: Place) -> Option<&T> {
@@ -247,6 +253,13 @@ impl Index {
             return place_in(self.slots[at]);
         }
         find_in(&self.before, hash, is).and_then(|at| place_in(self.before[at]))
+    }
+
+    /// Reads the slot and waits for nothing: the processor goes on until somebody needs what was read.
+    fn warm(&self, hash: u64) {
+        if !self.slots.is_empty() {
+            core::hint::black_box(self.slots[home(hash, self.slots.len())]);
+        }
     }
 
     fn insert(&mut self, hash: u64, place: u32) {

@@ -95,6 +95,11 @@ impl Launches {
         }
     }
 
+    /// An id will be looked at soon.
+    pub fn warm(&self, id: &LaunchId) {
+        self.known.warm(id);
+    }
+
     /// Whether another one can be remembered.
     #[must_use]
     pub fn has_room(&self) -> bool {

@@ -7,7 +7,7 @@ use wire::limits::BUDGET_MS_MAX;
 pub const REMEMBER_MS: u64 = BUDGET_MS_MAX as u64 + 30_000;
 
 /// Launch ids that one host remembers. At the limit it refuses new launches rather than forget an old one early:
-/// forgetting could start a sandbox twice. 150 bytes each.
+/// forgetting could start a sandbox twice. Some 160 bytes each, index included.
 pub const LAUNCHES_MAX: usize = 1 << 21;
 
 /// Refusals of named launches that are remembered. At the limit further ones are answered by `overloaded`, which
