@@ -293,7 +293,7 @@ impl House {
 
     pub(crate) fn hosts_that_started(&self) -> String {
         let text = metrics(self.hostd_ops).unwrap_or_default();
-        let lines = text.lines().filter(|line| line.contains("launches") && !line.starts_with('#'));
+        let lines = text.lines().filter(|line| line.contains("started") && !line.starts_with('#'));
         lines.collect::<Vec<_>>().join(", ")
     }
 
