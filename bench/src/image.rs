@@ -27,7 +27,7 @@ use wire::{Code, Fault};
 
 use self::{
     reads::Reads,
-    run::{Runner, in_image, in_root},
+    run::{Program, Runner, in_image, in_root},
     tree::io_fault,
 };
 use crate::{cpu, rounds::Figure};
@@ -70,6 +70,8 @@ impl Default for Options {
 pub struct Row {
     /// Which.
     pub name: &'static str,
+    /// Whether the shell's program was run and not Python's.
+    pub shell: bool,
     /// Its bytes, holes in full.
     pub bytes: u64,
     /// Its files.
@@ -116,11 +118,13 @@ struct Bed {
     dir: PathBuf,
     far: Arc<FarStore>,
     options: Options,
-    python: PathBuf,
+    python: Program,
 }
 
-/// An image that was prepared.
+/// An image that was prepared, and what is run in it.
+#[derive(Clone)]
 struct Made {
+    program: Program,
     name: &'static str,
     id: ImageId,
     bytes: u64,
@@ -147,6 +151,15 @@ fn image_fault(error: impl fmt::Display) -> Fault {
     Fault::new(Code::Internal, error.to_string())
 }
 
+impl Made {
+    fn run(&self) -> Run {
+        match self.program {
+            Program::Python(_) => Run::of(&[], false),
+            Program::Shell => Run::of(&["shell".to_owned()], false),
+        }
+    }
+}
+
 impl Bed {
     fn near(&self) {
         self.far.set_distance(Duration::ZERO, 0);
@@ -170,6 +183,7 @@ impl Bed {
         let made = made.map_err(image_fault)?;
         let spent = cpu::used(pid).unwrap_or_default().saturating_sub(before).as_secs_f64();
         Ok(Made {
+            program: self.python.clone(),
             name,
             id: made.id,
             bytes,
@@ -202,27 +216,21 @@ impl Bed {
         mounter.mount_to_run(id, run).await.map_err(image_fault)
     }
 
-    async fn in_image(&self, image: Arc<MountedImage>) -> Result<Duration, Fault> {
-        let python = self.python.clone();
-        let run = move || in_image(&image, &python);
+    async fn in_image(image: Arc<MountedImage>, program: Program) -> Result<Duration, Fault> {
+        let run = move || in_image(&image, &program);
         tokio::task::spawn_blocking(run).await.map_err(image_fault)?
     }
 
-    /// A cold start and, on the same host, a warm one. `entry` names a boot pack, or none that is there.
-    async fn start(
-        &self,
-        id: ImageId,
-        run: &Run,
-        times: &mut Times,
-        boot: bool,
-    ) -> Result<(), Fault> {
+    /// A cold start and, on the same host, a warm one. `boot` says that there is a boot pack.
+    async fn start(&self, made: &Made, times: &mut Times, boot: bool) -> Result<(), Fault> {
+        let (id, run) = (made.id, &made.run());
         let (_dir, mounter) = self.host(MountBy::Auto).await?;
         self.far();
         let (gets, bytes) = self.counted();
         let started = Instant::now();
         let (image, _) = Self::mount(&mounter, id, run).await?;
         let mounted = started.elapsed();
-        let ran = self.in_image(image.clone()).await?;
+        let ran = Self::in_image(image.clone(), made.program.clone()).await?;
         let took = ms(mounted + ran);
         if boot {
             let (gets_after, bytes_after) = self.counted();
@@ -232,7 +240,7 @@ impl Bed {
             let started = Instant::now();
             let (image, _) = Self::mount(&mounter, id, run).await?;
             let mounted = started.elapsed();
-            times.warm.push(ms(mounted + self.in_image(image).await?));
+            times.warm.push(ms(mounted + Self::in_image(image, made.program.clone()).await?));
         } else {
             times.cold.push(took);
         }
@@ -244,21 +252,16 @@ impl Bed {
         (self.far.gets.load(Ordering::Relaxed), self.far.bytes.load(Ordering::Relaxed))
     }
 
-    /// Lets a first run record the image's boot pack, as the first host of a fleet does.
+    /// Records the image's boot pack by a first run, as `image prepare --run` does.
     async fn record(&self, made: &Made) -> Result<(), Fault> {
         self.near();
         let (_dir, mounter) = self.host(MountBy::Auto).await?;
-        let (image, guard) = Self::mount(&mounter, made.id, &Run::of(&[], true)).await?;
-        self.in_image(image).await?;
-        drop(guard);
-        for _ in 0..3_000 {
-            let metrics = mounter.metrics().await.map_err(image_fault)?;
-            if metrics.boot_packs_recorded > 0 {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        Err(Fault::new(Code::Internal, "no boot pack was recorded within 30 s"))
+        let recording = mounter.record().await.map_err(image_fault)?;
+        let image = mounter.mount_again(made.id).await.map_err(image_fault)?;
+        Self::in_image(image, made.program.clone()).await?;
+        let run = made.run();
+        let done = mounter.finish_record(recording, made.id, Some(run.entry())).await;
+        done.map(drop).map_err(image_fault)
     }
 
     /// The large image pulled and unpacked, then run.
@@ -268,7 +271,7 @@ impl Bed {
         let started = Instant::now();
         let (image, _) = Self::mount(&mounter, made.id, &Run::of(&[], false)).await?;
         let pulled = started.elapsed();
-        let ran = self.in_image(image).await?;
+        let ran = Self::in_image(image, made.program.clone()).await?;
         self.near();
         Ok(ms(pulled + ran))
     }
@@ -290,6 +293,8 @@ fn sources(bed: &Bed, large: &Path) -> Result<Vec<Named>, Fault> {
     hole.set_len(bed.options.sparse_bytes).map_err(fault)?;
     let many = bed.dir.join("many.tar");
     tree::many(&many, &small, bed.options.files)?;
+    // The same shell in the large image: what it takes there is compared with the smallest image.
+    tree::userland(large)?;
     let (small_bytes, small_files) = tree::measure(&small);
     let many_size = (small_bytes + 12 * bed.options.files, small_files + bed.options.files);
     let dir = |name, root: &Path| (name, Source::RootfsDir(root.to_owned()), tree::measure(root));
@@ -317,7 +322,7 @@ pub fn run(options: &Options) -> Result<Report, Fault> {
         dir: scratch.path().to_owned(),
         far: FarStore::new(Arc::new(InMemory::new())),
         options: options.clone(),
-        python: tree::program(&small)?,
+        python: Program::Python(tree::program(&small)?),
     };
     let runtime = tokio::runtime::Runtime::new().map_err(|error| io_fault("runtime", &error))?;
     runtime.block_on(measure(&bed))
@@ -333,14 +338,22 @@ async fn measure(bed: &Bed) -> Result<Report, Fault> {
     for (name, source, size) in sources(bed, &large)? {
         made.push(bed.prepare(name, source, size).await?);
     }
+    let userland = bed.dir.join("userland");
+    if tree::userland(&userland)?.is_some() {
+        let source = Source::RootfsDir(userland.clone());
+        let tiny = bed.prepare("userland", source, tree::measure(&userland)).await?;
+        let in_large = Made { name: "its in large", ..made[1].clone() };
+        made.extend([tiny, in_large].map(|made| Made { program: Program::Shell, ..made }));
+    }
     let mut times: Vec<Times> = made.iter().map(|_| Times::default()).collect();
-    let mut runner = Runner::find(&large, &bed.python, &bed.dir);
+    let Program::Python(interpreter) = &bed.python else { unreachable!("set so by `run`") };
+    let mut runner = Runner::find(&large, interpreter, &bed.dir);
     let (mut plain, mut theirs) = (Vec::new(), Vec::new());
     in_root(&large, &bed.python)?;
     // Before there are boot packs.
     for _ in 0..bed.options.rounds.div_ceil(2) {
         for (made, times) in made.iter().zip(&mut times) {
-            bed.start(made.id, &Run::of(&[], false), times, false).await?;
+            bed.start(made, times, false).await?;
         }
     }
     for made in &made {
@@ -348,7 +361,7 @@ async fn measure(bed: &Bed) -> Result<Report, Fault> {
     }
     for _ in 0..bed.options.rounds {
         for (made, times) in made.iter().zip(&mut times) {
-            bed.start(made.id, &Run::of(&[], false), times, true).await?;
+            bed.start(made, times, true).await?;
         }
         plain.push(ms(in_root(&large, &bed.python)?));
         if let Some(runner) = &mut runner {
@@ -373,6 +386,7 @@ fn row(bed: &Bed, made: &Made, times: Times) -> Row {
     let link = times.fetched as f64 / bed.options.bytes_per_second.max(1) as f64;
     Row {
         name: made.name,
+        shell: made.program == Program::Shell,
         bytes: made.bytes,
         files: made.files,
         prepare_mb_a_core: made.prepare_mb_a_core,
@@ -387,10 +401,11 @@ fn row(bed: &Bed, made: &Made, times: Times) -> Row {
 }
 
 impl Report {
-    /// The largest of the images' medians over the smallest.
+    /// The largest of the medians of images in which the same program was run over the smallest.
     #[must_use]
-    pub fn spread(&self, of: impl Fn(&Row) -> Figure) -> f64 {
-        let medians = || self.rows.iter().map(|row| of(row).median);
+    pub fn spread(&self, shell: bool, of: impl Fn(&Row) -> Figure) -> f64 {
+        let rows = || self.rows.iter().filter(|row| row.shell == shell);
+        let medians = || rows().map(|row| of(row).median);
         medians().fold(f64::MIN, f64::max) / medians().fold(f64::MAX, f64::min)
     }
 }
@@ -405,7 +420,7 @@ impl fmt::Display for Report {
         for row in &self.rows {
             writeln!(
                 f,
-                "{:10} {:>8.1} MB {:>8} files  prepared at {:>4.0} MB/s a core\n    \
+                "{:12} {:>8.1} MB {:>8} files  prepared at {:>4.0} MB/s a core\n    \
                  first output: cold {:.0} | cold with boot pack {:.0} | warm {:.0} | cold to warm {:.2}x\n    \
                  with boot pack: mount {:.1}, {} GETs, {:.1} MB = {:.1} % of the image; \
                  bound of one round trip and these bytes {:.0} ms",
@@ -424,14 +439,18 @@ impl fmt::Display for Report {
                 row.bound_ms,
             )?;
         }
-        writeln!(
-            f,
-            "slowest over fastest image: cold {:.2}x, with boot pack {:.2}x, warm {:.2}x, mount {:.2}x",
-            self.spread(|row| row.cold_ms),
-            self.spread(|row| row.boot_ms),
-            self.spread(|row| row.warm_ms),
-            self.spread(|row| row.mount_ms),
-        )?;
+        for (shell, program) in [(false, "python"), (true, "shell")] {
+            if self.rows.iter().any(|row| row.shell == shell) {
+                writeln!(
+                    f,
+                    "{program}, slowest over fastest image: cold {:.2}x, with boot pack {:.2}x, warm {:.2}x, mount {:.2}x",
+                    self.spread(shell, |row| row.cold_ms),
+                    self.spread(shell, |row| row.boot_ms),
+                    self.spread(shell, |row| row.warm_ms),
+                    self.spread(shell, |row| row.mount_ms),
+                )?;
+            }
+        }
         writeln!(f, "large pulled and unpacked first, then run: {:.0} ms", self.unpacked_first_ms)?;
         writeln!(f, "the unpacked tree as it is: {:.0} ms", self.plain_ms)?;
         match &self.runner {

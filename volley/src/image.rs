@@ -4,7 +4,6 @@
 //! are his trust domain: nothing is shared with, or seen by, another's. Left out: pushing images anywhere else.
 
 use std::{
-    io::Write as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -21,6 +20,7 @@ use wire::Code;
 use crate::{
     client::{ClientFile, ClientFlags},
     failure::Failure,
+    rehearse::{BootPack, rehearse},
     role::runtime,
     show::{self, Output},
 };
@@ -153,24 +153,6 @@ pub(crate) struct Prepared {
     boot_pack: Option<BootPack>,
 }
 
-/// What a run at prepare recorded.
-#[derive(Debug, Serialize)]
-struct BootPack {
-    entry: String,
-    pages_bytes: u64,
-    stored_bytes: u64,
-    /// Whether the command was stopped when its time was up.
-    stopped: bool,
-}
-
-impl BootPack {
-    fn line(&self) -> String {
-        let (pages, stored) = (show::bytes(self.pages_bytes), show::bytes(self.stored_bytes));
-        let stopped = if self.stopped { "; the command was stopped" } else { "" };
-        format!("boot pack {}: {pages} of pages, {stored} stored{stopped}", self.entry)
-    }
-}
-
 impl Prepared {
     /// What was done, in a line.
     pub(crate) fn line(&self) -> String {
@@ -223,40 +205,6 @@ pub(crate) fn prepare_into(
         new_bytes: summary.new_bytes,
         seconds: summary.seconds,
         boot_pack: None,
-    })
-}
-
-/// Runs a command of an image that was just prepared.
-fn rehearse(
-    objects: &str,
-    tenant: &str,
-    id: &str,
-    command: &[String],
-    at_most: Duration,
-) -> Result<BootPack, Failure> {
-    let store = wire_net::objects::open(objects)?;
-    let dir = tempfile::Builder::new().prefix("volley-run").tempdir();
-    let dir = dir.map_err(|error| Failure::io("a directory for the run", &error))?;
-    // What it says is for the person who watches; standard output has the summary.
-    let said = |bytes: &[u8]| drop(std::io::stderr().write_all(bytes));
-    let done = runtime()?.block_on(async {
-        let id = hostd_image::resolve(Arc::clone(&store), tenant, id).await?;
-        let run = (at_most, Arc::new(said) as hostd::Said);
-        hostd::rehearse(store, tenant, id, command, run, dir.path()).await.map_err(Failure::from)
-    });
-    let done = done.map_err(|failure| match failure.code() {
-        Code::Unsupported | Code::Privilege => {
-            failure.hint("the image is prepared; its first run on a host records the boot pack")
-        }
-        _ => failure.hint(
-            "the image is prepared and has no boot pack of this command; run it again with --run",
-        ),
-    })?;
-    Ok(BootPack {
-        entry: done.entry,
-        pages_bytes: done.boot.bytes,
-        stored_bytes: done.boot.stored,
-        stopped: done.ended.is_none(),
     })
 }
 

@@ -22,6 +22,7 @@ mod init;
 mod logs;
 mod map;
 mod port;
+mod rehearse;
 mod role;
 mod run;
 mod sandbox;

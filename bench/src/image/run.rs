@@ -2,6 +2,7 @@
 //! the time until its first byte of output.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::Read as _,
     path::{Path, PathBuf},
@@ -12,7 +13,7 @@ use std::{
 use hostd_image::MountedImage;
 use wire::{Code, Fault};
 
-use super::tree::{PROGRAM, io_fault};
+use super::tree::{PROGRAM, SHELL_PROGRAM, io_fault};
 
 /// Runs a command until it has said something. Gives the time until then.
 fn first_output(command: &mut Command) -> Result<Duration, Fault> {
@@ -38,21 +39,42 @@ fn first_output(command: &mut Command) -> Result<Duration, Fault> {
     Ok(took)
 }
 
+/// What is run in a root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Program {
+    /// The Python program, by this interpreter.
+    Python(PathBuf),
+    /// The one of the smallest image.
+    Shell,
+}
+
+impl Program {
+    fn words(&self) -> Vec<&OsStr> {
+        match self {
+            Self::Python(python) => {
+                let options = ["-I", "-S", "-c", PROGRAM].map(OsStr::new);
+                [python.as_os_str()].into_iter().chain(options).collect()
+            }
+            Self::Shell => ["/bin/busybox", "sh", "-c", SHELL_PROGRAM].map(OsStr::new).to_vec(),
+        }
+    }
+}
+
 /// In a directory as its root.
-pub(super) fn in_root(root: &Path, python: &Path) -> Result<Duration, Fault> {
+pub(super) fn in_root(root: &Path, program: &Program) -> Result<Duration, Fault> {
     let mut command = Command::new("chroot");
-    command.arg(root).arg(python).args(["-I", "-S", "-c", PROGRAM]);
+    command.arg(root).args(program.words());
     first_output(&mut command)
 }
 
 /// In an overlay of a mounted image, which is taken away again. Gives the time from before the overlay.
-pub(super) fn in_image(image: &MountedImage, python: &Path) -> Result<Duration, Fault> {
+pub(super) fn in_image(image: &MountedImage, program: &Program) -> Result<Duration, Fault> {
     let target = tempfile::tempdir().map_err(|error| io_fault("scratch directory", &error))?;
     let started = Instant::now();
     hostd_image::mount_overlay(image.layers(), target.path())
         .map_err(|error| io_fault("the overlay", &error))?;
     let mounted = started.elapsed();
-    let ran = in_root(target.path(), python);
+    let ran = in_root(target.path(), program);
     hostd_image::unmount(target.path()).map_err(|error| io_fault("the overlay", &error))?;
     Ok(mounted + ran?)
 }

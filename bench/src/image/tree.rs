@@ -17,6 +17,33 @@ use wire::{Code, Fault};
 pub(super) const PROGRAM: &str = "import asyncio, json, email.mime.text, xml.etree.ElementTree, decimal, argparse, \
     logging.config, concurrent.futures, unittest, csv, tarfile, zipfile, http.client, difflib, dataclasses; print('ready')";
 
+/// What is run in the smallest image: a dozen starts of a static shell's own tools, and a look at what lies there.
+pub(super) const SHELL_PROGRAM: &str = "for n in 0 1 2 3; do a=$(/bin/busybox cat /share/$n | /bin/busybox wc -c); \
+    b=$(/bin/busybox md5sum /share/$n); done; c=$(/bin/busybox ls -l /share); echo ready";
+
+/// Files beside the shell, and their bytes: with it, ten megabytes.
+const SHARED: (u64, usize) = (64, 120 << 10);
+
+/// Lays out a userland of a static shell at `root`; `None` where this machine has none.
+pub(super) fn userland(root: &Path) -> Result<Option<()>, Fault> {
+    let fault = |error| io_fault("the small userland", &error);
+    let shell = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(Path::new);
+    // One that needs libraries does not run here, nor in a root of its own.
+    let is_static = |path: &&Path| {
+        let told = Command::new("ldd").arg(path).output();
+        path.exists()
+            && told.is_ok_and(|told| !String::from_utf8_lossy(&told.stdout).contains("=>"))
+    };
+    let Some(shell) = { shell }.find(is_static) else { return Ok(None) };
+    fs::create_dir_all(root.join("bin")).map_err(fault)?;
+    fs::create_dir_all(root.join("share")).map_err(fault)?;
+    fs::copy(shell, root.join("bin/busybox")).map_err(fault)?;
+    for n in 0..SHARED.0 {
+        fs::write(root.join(format!("share/{n}")), bytes_of(n, SHARED.1)).map_err(fault)?;
+    }
+    Ok(Some(()))
+}
+
 const LAY_OUT: &str = include_str!("program.py");
 
 /// Files of the large image, as many as a real one of a gigabyte and a half had.
