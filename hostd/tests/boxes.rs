@@ -58,6 +58,10 @@ fn main() {
         ("egress_outlives_hostd_and_its_worker", network::egress_outlives_hostd_and_its_worker),
         ("published_ports_lead_in", network::published_ports_lead_in),
         ("a_first_run_leaves_a_boot_pack", a_first_run_leaves_a_boot_pack),
+        (
+            "a_full_state_directory_undoes_what_it_fails",
+            crashes::full::a_full_state_directory_undoes_what_it_fails,
+        ),
         ("images_by_loop_devices", images_by_loop_devices),
         ("image_processes_go_when_hostd_does_not_come_back", crashes::image_processes_go),
     ]);

@@ -3,7 +3,9 @@
 //! Redb over a file that is written but not synced at each commit: what a commit wrote is in the kernel's page cache,
 //! which outlives the process, and what does not outlive it, the machine, takes every sandbox with it. A thread of
 //! its own commits whatever is waiting in one transaction, and syncs once a second for the case that the disk is
-//! read by the next boot. A journal that does not open is set aside, never deleted (FAULTS O3).
+//! read by the next boot. A journal that does not open is set aside, never deleted (FAULTS O3). One that could not be
+//! written (a full disk, O2) takes nothing more until it is opened again, which each next write tries; what nobody
+//! waited for is written then.
 //!
 //! The launch path waits for its row while its box is being made, not after it. Left out: no-op boxes, of which
 //! nothing could be taken up.
@@ -122,9 +124,11 @@ impl Journal {
             }
         };
         let (jobs, queue) = mpsc::sync_channel(QUEUE_MAX);
+        let mut writer =
+            Writer { path: path.to_owned(), book: Some((database, sync)), owed: Vec::new() };
         let thread = std::thread::Builder::new()
             .name("hostd-journal".into())
-            .spawn(move || write_all(&database, &sync, &queue))
+            .spawn(move || writer.write_all(&queue))
             .map_err(|error| storage(path, error))?;
         Ok((Self { jobs: Some(jobs), thread: Some(thread) }, left))
     }
@@ -270,37 +274,87 @@ impl Sync {
     }
 }
 
-fn write_all(database: &Database, sync: &Sync, queue: &mpsc::Receiver<Job>) {
-    loop {
-        let first = match queue.recv_timeout(Duration::from_secs(1)) {
-            Ok(job) => job,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                sync.now();
-                continue;
+/// What the journal's thread has.
+struct Writer {
+    path: PathBuf,
+    /// None after a failure, until it opens again.
+    book: Option<(Database, Sync)>,
+    /// Writes that failed and that nobody waited for, oldest first.
+    owed: Vec<Write>,
+}
+
+impl Writer {
+    fn write_all(&mut self, queue: &mpsc::Receiver<Job>) {
+        loop {
+            let first = match queue.recv_timeout(Duration::from_secs(1)) {
+                Ok(job) => job,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    if !self.owed.is_empty() {
+                        let _ = self.write(Vec::new());
+                    }
+                    self.sync();
+                    continue;
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            };
+            let mut jobs = vec![first];
+            jobs.extend(queue.try_iter().take(BATCH_MAX - 1));
+            // Of a write that fails whoever waits is told, and undoes what it was for; the others still hold.
+            let (mut writes, mut waiting) = (Vec::new(), Vec::new());
+            for Job { writes: some, done } in jobs {
+                let waits = done.filter(|done| !done.is_closed());
+                writes.push((some, waits.is_some()));
+                waiting.extend(waits);
             }
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
-        };
-        let mut jobs = vec![first];
-        jobs.extend(queue.try_iter().take(BATCH_MAX - 1));
-        let outcome = commit(database, &jobs).map_err(|error| {
-            tracing::error!(%error, "the journal could not be written");
-            Fault::new(Code::Storage, format!("the journal could not be written: {error}"))
-        });
-        for job in jobs {
-            if let Some(done) = job.done {
+            let outcome = self.write(writes);
+            for done in waiting {
                 let _ = done.send(outcome.clone());
             }
         }
+        self.sync();
     }
-    sync.now();
+
+    /// Writes what is owed and these in one transaction, where each says whether somebody waits for it.
+    fn write(&mut self, writes: Vec<(Vec<Write>, bool)>) -> Result<(), Fault> {
+        let owed = std::mem::take(&mut self.owed);
+        let all = owed.iter().chain(writes.iter().flat_map(|(writes, _)| writes));
+        let done = match &self.book {
+            Some((database, _)) => commit(database, all).map_err(|error| error.to_string()),
+            None => open(&self.path).and_then(|(database, sync)| {
+                commit(&database, all).map_err(|error| error.to_string())?;
+                tracing::info!("the journal is written again");
+                self.book = Some((database, sync));
+                Ok(())
+            }),
+        };
+        let Err(error) = done else { return Ok(()) };
+        // It takes nothing more, whatever the disk does: closed, to be opened again.
+        self.book = None;
+        self.owed = owed;
+        let unheard = writes.into_iter().filter(|(_, waited_for)| !waited_for);
+        self.owed.extend(unheard.flat_map(|(writes, _)| writes));
+        let excess = self.owed.len().saturating_sub(QUEUE_MAX);
+        self.owed.drain(..excess);
+        tracing::error!(%error, owed = self.owed.len(), "the journal could not be written");
+        Err(Fault::new(Code::Storage, format!("the journal could not be written: {error}")))
+    }
+
+    fn sync(&self) {
+        if let Some((_, sync)) = &self.book {
+            sync.now();
+        }
+    }
 }
 
-fn commit(database: &Database, jobs: &[Job]) -> Result<(), redb::Error> {
+fn commit<'a>(
+    database: &Database,
+    writes: impl Iterator<Item = &'a Write>,
+) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
     {
         let mut sandboxes = transaction.open_table(SANDBOXES)?;
         let mut launches = transaction.open_table(LAUNCHES)?;
-        for write in jobs.iter().flat_map(|job| &job.writes) {
+        for write in writes {
             match write {
                 Write::Sandbox(local, Some(row)) => {
                     sandboxes.insert(local, &row.to_bytes()[..])?;

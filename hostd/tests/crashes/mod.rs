@@ -1,6 +1,8 @@
 //! What is left of boxes, and what is known of them, when hostd or the spawner is killed or replaced.
 #![allow(clippy::unwrap_used, reason = "tests; clippy does not see that without the usual harness")]
 
+pub(crate) mod full;
+
 use std::time::{Duration, Instant};
 
 use wire::{
