@@ -315,6 +315,15 @@ async fn stats(placer: &quinn::Connection, id: wire::SandboxId) -> Stats {
     }
 }
 
+/// Waits for the program behind a port to listen: it was executed when its launch was answered, no more.
+fn serves(at: std::net::SocketAddr) {
+    let begun = Instant::now();
+    while fetch(at, "up") != Ok("UP".into()) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{at} never serves");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 // PROTOCOL 6.17
 pub(crate) fn published_ports_lead_in() {
     let Some(world) = World::new() else { return };
@@ -341,6 +350,7 @@ pub(crate) fn published_ports_lead_in() {
         assert_eq!(record.published[0].address, at.to_string());
         let any: std::net::SocketAddr = record.published[1].address.parse().unwrap();
         assert!((low..=high).contains(&any.port()) && any != at);
+        serves(at);
         assert_eq!((fetch(at, "a"), fetch(any, "b")), (Ok("A".into()), Ok("B".into())));
         for (number, ports, code) in [
             (2, (first, 80), Code::Busy),
@@ -369,6 +379,7 @@ pub(crate) fn published_ports_lead_in() {
         exited(&placer, id).await;
         assert!(fetch(at, "x").is_err(), "the port went with its sandbox");
         let again = started(&placer, &serve(5, &[(first, 80)])).await.sandbox;
+        serves(at);
         assert_eq!(fetch(at, "new"), Ok("NEW".into()));
         assert_eq!(inspect(&placer, again).await.published.len(), 1);
     });
