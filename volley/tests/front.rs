@@ -1,6 +1,8 @@
 //! The binary from outside, without a fleet. That this file is here also makes `cargo test --workspace` build the binary
 //! that the tests of whole fleets start.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::process::Command;
 
 #[test]
