@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wire::{HostId, LaunchId, SandboxId, map::MapVersion};
 
-use crate::{Micros, SECOND, host::Caller};
+use crate::{Micros, SECOND, caller::Caller};
 
 /// A rule that was broken, in words.
 #[derive(Clone, Debug, PartialEq, Eq)]

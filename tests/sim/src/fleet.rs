@@ -9,9 +9,10 @@ use wire::{Code, HostId, SandboxId, launch::LaunchReply, report::FailureReport};
 
 use crate::{
     Fault, Micros, Options, Outcome, SECOND, What,
+    caller::Caller,
     check::{Broken, Rules, Told},
     control::{Aggregator, Noted, Question, Words, fleet_key},
-    host::{Act, Caller, SimHost, Trouble},
+    host::{Act, SimHost, Trouble},
     placer::{Going, SimPlacer, Way},
     queue::Queue,
     shape,

@@ -19,6 +19,7 @@
 //! simulated is how questions to them fare: lost, answered to nobody, or carried out long after. Memory orderings are loom's business (`placer-core/tests/loom.rs`).
 #![forbid(unsafe_code)]
 
+pub mod caller;
 pub mod check;
 pub mod control;
 pub mod fleet;
