@@ -1,6 +1,6 @@
 //! Launches that came on lanes: who is next, and the usual way of a launch without a task of its own.
 //!
-//! What a lane brings waits in a fair queue ([`Fair`]) until the thread takes it up, so that a tenant with a thousand times the
+//! What a lane brings waits in a fair queue (`placer_core::Fair`) until the thread takes it up, so that a tenant with a thousand times the
 //! launches of another delays himself (FAULTS P9). Usually that is at once. A launch whose host has a warm connection then
 //! is a record in a slab: its reply comes with all others of the same packet, and the state machine is asked again right
 //! there. Whatever is not usual (a known id, a dial, a refusal, silence) goes on as a task, by the same state machine and
