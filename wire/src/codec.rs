@@ -112,7 +112,8 @@ pub fn write(
         Err(error) => unreachable!("records have no fallible parts: {error}"),
     }
 }
-/// What processes of one build say to one another over sockets that keep packets whole: any record, coded by [`write`]
+
+/// What processes of one build say to one another over sockets that keep packets whole: any record, coded by [`write()`]
 /// and checked on its way in. Such a socket bounds the length, and there is a version and no compatibility.
 pub trait Message: Sized {
     /// Bytes of this message.

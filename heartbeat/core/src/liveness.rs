@@ -81,11 +81,15 @@ impl Liveness {
             return Verdict::Grace;
         }
         let silent = census.fresh + census.silent.len() as u64;
+        let braked = self.alarm;
         self.alarm = silent > 1 && silent * 100 > census.total * self.percent_max;
         if self.alarm {
-            // When they are heard again, that too takes an interval and its jitter: nobody is dead for being the last.
-            self.held_until_ms = now_ms + 2 * census.interval_ms_max;
             return Verdict::Brake { silent, total: census.total };
+        }
+        if braked {
+            // That they are heard again too takes an interval and its jitter, and may have begun just now: nobody is
+            // dead for being the last.
+            self.held_until_ms = now_ms + 2 * census.interval_ms_max;
         }
         if now_ms < self.held_until_ms {
             return Verdict::Grace;
@@ -145,10 +149,12 @@ mod tests {
     #[test]
     fn when_they_are_heard_again_the_last_to_speak_have_time() {
         let mut liveness = Liveness::new(0, 0);
-        let all = Census { interval_ms_max: 15, ..census(1_000, 500) };
-        assert!(matches!(liveness.judge(100, all), Verdict::Brake { .. }));
-        assert_eq!(liveness.judge(129, census(1_000, 100)), Verdict::Grace);
-        assert!(matches!(liveness.judge(130, census(1_000, 1)), Verdict::Remove(_)));
+        let silent = |silent| Census { interval_ms_max: 15, ..census(1_000, silent) };
+        assert!(matches!(liveness.judge(100, silent(500)), Verdict::Brake { .. }));
+        // However long after it: the scan before may have come just before they began to speak.
+        assert_eq!(liveness.judge(200, silent(100)), Verdict::Grace);
+        assert_eq!(liveness.judge(229, silent(1)), Verdict::Grace);
+        assert!(matches!(liveness.judge(230, silent(1)), Verdict::Remove(_)));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! waits for itself, and the other waits for one piece of each who waits. A tenant without waiting work has no
 //! queue, so that only those who wait cost memory.
 //!
-//! What was taken up is not taken back, so that a tenant may not hold all the room there is either: at most [`SHARE`] times what is left
+//! What was taken up is not taken back, so that a tenant may not hold all the room there is either: at most seven times what is left
 //! free. One tenant alone holds seven eighths, two hold seven fifteenths each, and whoever comes with little finds room at once,
 //! instead of waiting until a burst of others' launches ends.
 //!
