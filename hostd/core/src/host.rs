@@ -189,8 +189,8 @@ impl<N> Host<N> {
             return self.refused(Code::Overloaded);
         }
         if let Err(code) = self.admission.take(ask.shape) {
-            let kept = !ask.named || self.launches.refuse(now_ms, ask.launch_id, code);
-            return self.refused(if kept { code } else { Code::Overloaded });
+            let code = self.refusal(now_ms, ask.launch_id, ask.named, code);
+            return self.refused(code);
         }
         self.made += 1;
         let local = (self.incarnation.0 << LOCAL_BITS) | self.made;
@@ -216,6 +216,12 @@ impl<N> Host<N> {
         let ties = Ties { launch: Some(place), due_ms: None };
         self.sandboxes.insert(local, Held { sandbox, ties });
         Admit::Begin(id)
+    }
+
+    /// Why a launch is said to be refused: one that is named and cannot be remembered is to be asked again.
+    fn refusal(&mut self, now_ms: u64, launch_id: LaunchId, named: bool, code: Code) -> Code {
+        let kept = !named || self.launches.refuse(now_ms, launch_id, code);
+        if kept { code } else { Code::Overloaded }
     }
 
     fn refused(&self, code: Code) -> Admit {
@@ -273,8 +279,13 @@ impl<N> Host<N> {
     }
 
     /// A claimed sandbox found no box: its launch is refused after all, and nothing of it is left.
-    pub fn handle_no_box(&mut self, now_ms: u64, local: u64, named: bool, code: Code) -> Refused {
-        let mut kept = true;
+    pub fn handle_no_box(
+        &mut self,
+        now_ms: u64,
+        local: u64,
+        named: bool,
+        mut code: Code,
+    ) -> Refused {
         if let Some(sandbox) = self.sandboxes.remove(&local) {
             self.disarm(local, sandbox.ties);
             self.free(sandbox.shape);
@@ -284,11 +295,11 @@ impl<N> Host<N> {
                 }
                 place => {
                     place.into_iter().for_each(|place| self.launches.drop_claim(place));
-                    kept = !named || self.launches.refuse(now_ms, sandbox.launch_id, code);
+                    code = self.refusal(now_ms, sandbox.launch_id, named, code);
                 }
             }
         }
-        Refused { word: self.word(), code: if kept { code } else { Code::Overloaded } }
+        Refused { word: self.word(), code }
     }
 
     /// A sandbox has ended, and nothing of it is left. Returns how, as it is told.
