@@ -429,7 +429,7 @@ pub(crate) async fn read_until(recv: &mut RecvStream, said: &mut String, wanted:
     let mut scratch = BytesMut::new();
     while !said.contains(wanted) {
         let frame = stream::read_frame(recv, &mut scratch);
-        let frame = tokio::time::timeout(Duration::from_secs(10), frame).await;
+        let frame = tokio::time::timeout(Duration::from_secs(60), frame).await;
         match frame.expect(said).unwrap() {
             Some((Kind::Stdout, payload)) => said.push_str(&String::from_utf8_lossy(&payload)),
             other => panic!("{other:?} after {said:?}"),
@@ -496,7 +496,7 @@ pub(crate) async fn read_changes(recv: &mut RecvStream) -> Vec<(ChangeKind, Stri
     let (mut changes, mut scratch) = (Vec::new(), BytesMut::new());
     loop {
         let frame = stream::read_frame(recv, &mut scratch);
-        match tokio::time::timeout(Duration::from_secs(10), frame).await.unwrap().unwrap() {
+        match tokio::time::timeout(Duration::from_secs(60), frame).await.unwrap().unwrap() {
             Some((Kind::Data, payload)) => {
                 let change = FileChange::from_frame_bytes(&payload).unwrap();
                 changes.push((change.kind, String::from_utf8(change.name).unwrap()));

@@ -100,7 +100,7 @@ async fn forged_first_packets_cost_little_and_real_peers_get_in() {
 
     let dialer = quic::dialer(ANY, &placer).unwrap();
     let real = quic::connect(&dialer, addr, &HOST);
-    let real = tokio::time::timeout(Duration::from_secs(5), real).await;
+    let real = tokio::time::timeout(Duration::from_secs(60), real).await;
     let real = real.expect("a real peer gets in").expect("a real peer gets in");
     assert!(real.close_reason().is_none());
 

@@ -155,7 +155,7 @@ fn a_killed_writer_leaves_a_whole_object_and_no_lock() {
             assert!(bytes.iter().all(|byte| *byte == bytes[0]), "half of one, half of another");
             let next = Bytes::from(format!("round {round}"));
             let swapped = swap(&*store, &path, Some(version), next);
-            let swapped = tokio::time::timeout(Duration::from_secs(5), swapped).await;
+            let swapped = tokio::time::timeout(Duration::from_secs(60), swapped).await;
             won(swapped.expect("a dead process's lock is free").unwrap());
             let listed: Vec<_> = futures::StreamExt::collect::<Vec<_>>(store.list(None)).await;
             assert_eq!(listed.len(), 1, "what was not finished is not listed");
