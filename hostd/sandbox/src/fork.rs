@@ -84,6 +84,26 @@ pub(crate) unsafe fn fork() -> io::Result<Option<i32>> {
     }
 }
 
+/// A stack for the child of [`vfork`].
+pub(crate) struct Stack(Box<[std::mem::MaybeUninit<u128>]>);
+
+impl Stack {
+    const BYTES: usize = 64 * 1024;
+    /// What the child uses of it, and more.
+    const TOUCHED: usize = 8 * 1024;
+
+    /// Makes one of which the part that will be used is memory already: page faults cost a launch more than most of
+    /// its system calls.
+    pub(crate) fn new() -> Self {
+        let mut stack = Box::new_uninit_slice(Self::BYTES / size_of::<u128>());
+        let top = stack.len() - Self::TOUCHED / size_of::<u128>();
+        for word in &mut stack[top..] {
+            word.write(0);
+        }
+        Self(stack)
+    }
+}
+
 /// Runs `body` in a child that shares this process's memory while the parent stands still, until the
 /// child executes a program or exits: `vfork`, which copies no page table.
 ///
@@ -93,8 +113,7 @@ pub(crate) unsafe fn fork() -> io::Result<Option<i32>> {
 /// One thread, and `body` must leave the parent's memory as usable as it found it: what it allocates it
 /// frees or leaks, what it borrows it does not change, and it closes no descriptor by dropping an
 /// owner that the parent owns too (descriptors themselves are copies).
-pub(crate) unsafe fn vfork<F: FnOnce()>(body: F) -> io::Result<i32> {
-    const STACK_BYTES: usize = 64 * 1024;
+pub(crate) unsafe fn vfork<F: FnOnce()>(stack: &mut Stack, body: F) -> io::Result<i32> {
     extern "C" fn enter<F: FnOnce()>(body: *mut libc::c_void) -> libc::c_int {
         // SAFETY: the pointer is that of the parent's `body`, which nobody else takes: the parent stands
         // still until this child is gone, and then only frees the memory that held it.
@@ -107,13 +126,12 @@ pub(crate) unsafe fn vfork<F: FnOnce()>(body: F) -> io::Result<i32> {
         exit_now(127)
     }
     let mut body = std::mem::ManuallyDrop::new(body);
-    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
-    // SAFETY: the end of `stack`, 16-aligned as a vector of u128 is; the child uses it alone while the
+    // SAFETY: the end of `stack`, 16-aligned as u128 is; the child uses it alone while the
     // parent stands still in this call, which `CLONE_VFORK` makes sure of.
     let pid = unsafe {
         libc::clone(
             enter::<F>,
-            stack.as_mut_ptr().add(stack.len()).cast(),
+            stack.0.as_mut_ptr().add(stack.0.len()).cast(),
             libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
             (&raw mut body).cast(),
         )

@@ -6,6 +6,8 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::thread::CpuSet;
+
 /// `CLOCK_MONOTONIC`, nanoseconds.
 pub(crate) fn now_ns() -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -204,6 +206,25 @@ const SLICE_NS: u64 = 500_000;
 /// Schedules a process (0: this one) like any other program of a box.
 pub(crate) fn schedule_normally(pid: i32) -> io::Result<()> {
     schedule(pid, 0, SLICE_NS)
+}
+
+/// The cores that this process may run on.
+pub(crate) fn cores() -> io::Result<CpuSet> {
+    Ok(rustix::thread::sched_getaffinity(None)?)
+}
+
+/// The core that this process runs on, alone.
+pub(crate) fn this_core() -> CpuSet {
+    let mut cores = CpuSet::new();
+    cores.set(rustix::thread::sched_getcpu());
+    cores
+}
+
+/// Lets a process (`None`: this one) run on these cores only.
+pub(crate) fn keep_on(pid: Option<i32>, cores: &CpuSet) -> io::Result<()> {
+    let bad = || io::Error::from_raw_os_error(libc::ESRCH);
+    let pid = pid.map(|pid| rustix::process::Pid::from_raw(pid).ok_or_else(bad)).transpose()?;
+    Ok(rustix::thread::sched_setaffinity(pid, cores)?)
 }
 
 /// Capability numbers that a program in a box may keep, as a bit mask: what a package manager and a

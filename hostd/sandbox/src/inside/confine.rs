@@ -6,10 +6,11 @@
 //! on an older kernel. Left out: 32-bit and x32 programs (killed, or every call refused).
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, Scope,
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetCreatedAttr, Scope,
 };
 use seccompiler::BpfProgram;
 
@@ -24,6 +25,8 @@ pub(crate) struct Filters {
     second: BpfProgram,
 }
 
+/// What landlock is asked for; older kernels give what they have.
+const FENCE: ABI = ABI::V6;
 /// Clone flags that make a namespace, `CLONE_NEWTIME` aside (which is no clone flag but a signal bit).
 const NAMESPACES: u32 = 0x7e02_0000;
 const ENOSYS: u16 = 38;
@@ -82,26 +85,36 @@ fn apply(filter: &BpfProgram) -> Result<(), Fault> {
 }
 
 /// Everything that is left to give up once the root stands.
-pub(super) fn confine(filters: &Filters) -> Result<(), Fault> {
-    fence().map_err(|why| Fault::BoxDied { what: format!("landlock: {why}") })?;
+pub(super) fn confine(
+    filters: &Filters,
+    fence: RulesetCreated,
+    root: BorrowedFd<'_>,
+) -> Result<(), Fault> {
+    close(fence, root).map_err(no_fence)?;
     sys::drop_capabilities().map_err(|e| Fault::os("capabilities", &e))?;
     apply(&filters.second)
 }
 
+fn no_fence(why: landlock::RulesetError) -> Fault {
+    Fault::BoxDied { what: format!("landlock: {why}") }
+}
+
 /// Landlock: only what lies beneath this root; so a descriptor or magic link to anything else (the
 /// runner's binary, a host directory) opens nothing. Signals and abstract sockets stay inside too.
-fn fence() -> Result<(), landlock::RulesetError> {
-    let abi = ABI::V6;
+/// Made while parking, without the root, and not yet in force.
+pub(super) fn fence() -> Result<RulesetCreated, Fault> {
+    let make = || {
+        Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(FENCE))?
+            .scope(Scope::from_all(FENCE))?
+            .create()
+    };
+    make().map_err(no_fence)
+}
+
+fn close(fence: RulesetCreated, root: BorrowedFd<'_>) -> Result<(), landlock::RulesetError> {
     let devices: BitFlags<AccessFs> = AccessFs::MakeBlock | AccessFs::MakeChar;
-    let beneath = AccessFs::from_all(abi) & !devices;
-    let root = PathFd::new("/").map_err(|_| {
-        landlock::RulesetError::CreateRuleset(landlock::CreateRulesetError::MissingHandledAccess)
-    })?;
-    let ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(abi))?
-        .scope(Scope::from_all(abi))?
-        .create()?
-        .add_rule(PathBeneath::new(root, beneath))?;
-    ruleset.restrict_self().map(drop)
+    let beneath = AccessFs::from_all(FENCE) & !devices;
+    fence.add_rule(PathBeneath::new(root, beneath))?.restrict_self().map(drop)
 }

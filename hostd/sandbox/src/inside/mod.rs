@@ -17,6 +17,7 @@ mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::thread::CpuSet;
 use wire::codec::Message as _;
 
 use crate::error::Fault;
@@ -58,6 +59,15 @@ fn live(setup: Setup<'_>) -> i32 {
             return 71;
         }
     };
+    // The spawner may keep this process on one core while it launches (`Boxed::bring_here`).
+    let Ok(cores) = sys::cores() else { return 71 };
+    let ready = match Ready::make() {
+        Ok(ready) => ready,
+        Err(why) => {
+            tell(&control, &FromBox::Unfit { why });
+            return 71;
+        }
+    };
     tell(&control, &FromBox::Ready);
     let Ok(packet) = packet::recv(control.as_fd(), &mut buffer, true) else { return 72 };
     if packet.len == 0 {
@@ -69,11 +79,12 @@ fn live(setup: Setup<'_>) -> i32 {
     else {
         return 73;
     };
-    let claim = Claimed { fds: packet.fds, program, hostname, limits, network, parts, woken };
+    let claim =
+        Claimed { fds: packet.fds, program, hostname, limits, network, parts, woken, cores };
     let started = if packet.cut {
         Err(Fault::Os { what: "take descriptors".into(), errno: libc::EMFILE })
     } else {
-        start(&control, claim, filters)
+        start(&control, claim, filters, ready)
     };
     match started {
         Ok(serving) => serve::serve(&control, serving, &mut buffer),
@@ -92,9 +103,48 @@ struct Claimed {
     network: Option<BoxNetwork>,
     parts: u32,
     woken: u64,
+    /// Those that the program may run on.
+    cores: CpuSet,
 }
 
-fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::Serving, Fault> {
+/// What a launch uses and a parked box has made beforehand.
+struct Ready {
+    /// Readable when a child has ended.
+    children: OwnedFd,
+    fence: landlock::RulesetCreated,
+    means: run::Means,
+}
+
+impl Ready {
+    /// Memory that a launch needs; each page of it that this process does not have yet is a page fault less.
+    const HEAP_BYTES: usize = 24 * 1024;
+
+    fn make() -> Result<Self, Fault> {
+        let children = sys::signal_fd(libc::SIGCHLD).map_err(|e| Fault::os("signalfd", &e))?;
+        let (fence, means) = (confine::fence()?, run::Means::make(crate::fork::Stack::new())?);
+        // Given back at once: the allocator keeps it.
+        drop(std::hint::black_box(vec![1_u8; Self::HEAP_BYTES]));
+        let _ = sys::now_ns();
+        let claim = ToBox::Claim {
+            program: crate::spec::Program::new(["/bin/true"]),
+            hostname: "sandbox".into(),
+            limits: Limits::default(),
+            network: None,
+            parts: 0,
+        };
+        drop(std::hint::black_box(ToBox::decode(&claim.encode())));
+        run::rehearse();
+        Ok(Self { children, fence, means })
+    }
+}
+
+fn start(
+    control: &OwnedFd,
+    claim: Claimed,
+    filters: &Filters,
+    ready: Ready,
+) -> Result<serve::Serving, Fault> {
+    let Ready { children, fence, means } = ready;
     let mut steps = crate::spec::Steps { woken: claim.woken, ..crate::spec::Steps::default() };
     let mut fds = claim.fds;
     let tunnel = match &claim.network {
@@ -106,20 +156,22 @@ fn start(control: &OwnedFd, claim: Claimed, filters: &Filters) -> Result<serve::
     };
     let mut fds = fds.into_iter();
     let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
-    let children = sys::signal_fd(libc::SIGCHLD).map_err(|e| Fault::os("signalfd", &e))?;
     let parts: Vec<_> = fds.by_ref().take(claim.parts as usize).collect();
-    swap::swap(root, parts, &claim.hostname, claim.network.as_ref(), &mut steps)?;
-    confine::confine(filters)?;
+    swap::swap(&root, parts, &claim.hostname, claim.network.as_ref(), &mut steps)?;
+    confine::confine(filters, fence, root.as_fd())?;
+    drop(root);
     steps.confined = sys::now_ns();
     let stdio = fds.collect();
-    let started = run::start(&claim.program, stdio, &claim.limits)?;
+    let (started, stack) =
+        run::start(&claim.program, stdio, &claim.limits, Some(&claim.cores), means);
+    let started = started?;
     steps.executed = sys::now_ns();
     let master: Vec<_> = started.master.iter().map(AsFd::as_fd).collect();
     tell_with(control, &FromBox::Started { steps }, &master);
     drop(started.master);
     // The launch is over: from here on this process is worth no more than the program.
     let _ = sys::schedule_normally(0);
-    Ok(serve::Serving::new(started.pid, children, claim.limits, tunnel))
+    Ok(serve::Serving::new(started.pid, children, claim.limits, stack, tunnel))
 }
 
 /// Sends a message; one that cannot be sent means that the spawner is gone, which shows on receive.

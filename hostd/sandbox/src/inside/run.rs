@@ -5,10 +5,11 @@
 
 use std::ffi::CString;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
+use rustix::thread::CpuSet;
 
 use super::users::{self, User};
 use crate::error::Fault;
@@ -25,6 +26,30 @@ pub(super) struct Started {
     pub(super) pid: i32,
     /// The terminal's master, where one was asked for.
     pub(super) master: Option<OwnedFd>,
+}
+
+/// What starting a program takes whichever it is, so that it can be made before.
+pub(super) struct Means {
+    null: OwnedFd,
+    status: (OwnedFd, OwnedFd),
+    stack: fork::Stack,
+}
+
+impl Means {
+    /// Opens `/dev/null` and the status pipe.
+    pub(super) fn make(stack: fork::Stack) -> Result<Self, Fault> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let null = rustix::fs::open("/dev/null", flags, Mode::empty())
+            .map_err(|e| Fault::os("/dev/null", &e.into()))?;
+        let status = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map_err(|e| Fault::os("status pipe", &e.into()))?;
+        Ok(Self { null, status, stack })
+    }
+}
+
+/// Goes through what is computed for any program, so that its code and memory are there when one comes.
+pub(super) fn rehearse() {
+    drop(std::hint::black_box(prepare(&Program::new(["/bin/true"]), &Limits::default())));
 }
 
 /// Where a child failed; a byte on the status pipe.
@@ -44,30 +69,51 @@ struct Launch<'a> {
     cwd: CString,
     candidates: Vec<CString>,
     open_files: u64,
+    /// Cores that init is let go to before the program begins.
+    init: Option<&'a CpuSet>,
 }
 
-/// Starts `program` with the given stdio descriptors (stdin where asked for, stdout, stderr).
+/// Starts `program` with the given stdio descriptors (stdin where asked for, stdout, stderr). `cores`: where both this
+/// process and the program may run from then on, if this one is kept on one core. Gives the stack back.
 pub(super) fn start(
     program: &Program,
     stdio: Vec<OwnedFd>,
     limits: &Limits,
-) -> Result<Started, Fault> {
-    let launch = prepare(program, limits)?;
-    let (stdio, master) = match program.tty {
-        Some(size) => {
-            let (master, slave) =
-                terminal(size, &launch.user).map_err(|e| Fault::os("terminal", &e))?;
-            let copy = || slave.try_clone().map_err(|e| Fault::os("terminal", &e));
-            (vec![copy()?, copy()?, slave], Some(master))
-        }
-        None => (pipes(program, stdio, &launch.user)?, None),
-    };
-    let (status_in, status_out) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
-        .map_err(|e| Fault::os("status pipe", &e.into()))?;
+    cores: Option<&CpuSet>,
+    means: Means,
+) -> (Result<Started, Fault>, fork::Stack) {
+    let Means { null, status, mut stack } = means;
+    let started = (|| {
+        let launch = Launch { init: cores, ..prepare(program, limits)? };
+        let (stdio, master) = match program.tty {
+            Some(size) => {
+                let (master, slave) =
+                    terminal(size, &launch.user).map_err(|e| Fault::os("terminal", &e))?;
+                let copy = || slave.try_clone().map_err(|e| Fault::os("terminal", &e));
+                (vec![copy()?, copy()?, slave], Some(master))
+            }
+            None => (pipes(program, stdio, null, &launch.user)?, None),
+        };
+        let pid = spawn(&launch, stdio, status, &mut stack)?;
+        Ok(Started { pid, master })
+    })();
+    (started, stack)
+}
+
+/// Forks and waits until the child is the program.
+fn spawn(
+    launch: &Launch<'_>,
+    stdio: Vec<OwnedFd>,
+    (status_in, status_out): (OwnedFd, OwnedFd),
+    stack: &mut fork::Stack,
+) -> Result<i32, Fault> {
     // SAFETY: a box's init has one thread. The child moves and closes descriptors by number only and
     // forgets every owner that it makes; the strings that it allocates it frees or leaks.
-    let forked = unsafe { fork::vfork(|| become_program(&launch, &stdio, &status_out)) };
+    let forked = unsafe { fork::vfork(stack, || become_program(launch, &stdio, &status_out)) };
     let pid = forked.map_err(|e| Fault::os("fork", &e))?;
+    if let Some(cores) = launch.init {
+        let _ = sys::keep_on(Some(pid), cores);
+    }
     drop(status_out);
     drop(stdio);
     let mut said = Vec::with_capacity(8);
@@ -75,11 +121,11 @@ pub(super) fn start(
     if read.is_ok() && said.is_empty() {
         // The program has begun with the short slices of the launch.
         let _ = sys::schedule_normally(pid);
-        return Ok(Started { pid, master });
+        return Ok(pid);
     }
     // SAFETY: a null status pointer is allowed. The child has said its last word and is exiting.
     unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-    Err(why(&said, program))
+    Err(why(&said, launch.program))
 }
 
 fn why(said: &[u8], program: &Program) -> Fault {
@@ -131,16 +177,28 @@ fn prepare<'a>(program: &'a Program, limits: &Limits) -> Result<Launch<'a>, Faul
     let cwd = c(if program.cwd.is_empty() { "/" } else { &program.cwd })?;
     make_directory(&program.cwd)
         .map_err(|e| Fault::os(&format!("working directory {}", program.cwd), &e))?;
-    Ok(Launch { program, user, argv, env, cwd, candidates, open_files: limits.open_files })
+    Ok(Launch {
+        program,
+        user,
+        argv,
+        env,
+        cwd,
+        candidates,
+        open_files: limits.open_files,
+        init: None,
+    })
 }
 
 /// Gives the pipes to the program's user, so that it may open `/dev/stdout`.
-fn pipes(program: &Program, stdio: Vec<OwnedFd>, user: &User) -> Result<Vec<OwnedFd>, Fault> {
+fn pipes(
+    program: &Program,
+    stdio: Vec<OwnedFd>,
+    null: OwnedFd,
+    user: &User,
+) -> Result<Vec<OwnedFd>, Fault> {
     let mut stdio = stdio;
     if !program.stdin {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let null = rustix::fs::open("/dev/null", flags, Mode::empty());
-        stdio.insert(0, null.map_err(|e| Fault::os("/dev/null", &e.into()))?);
+        stdio.insert(0, null);
     }
     if stdio.len() != 3 {
         return Err(Fault::BoxDied { what: "counting its stdio".into() });
@@ -205,21 +263,30 @@ fn arrange(
     let at = |stage: Stage| move |error: io::Error| (stage, error);
     let stdio: &[OwnedFd; 3] =
         stdio.try_into().map_err(|_| (Stage::Stdio, io::ErrorKind::NotFound.into()))?;
-    let lift = |fd: BorrowedFd<'_>| {
-        sys::dup_above(fd, 64).map(std::mem::ManuallyDrop::new).map_err(at(Stage::Stdio))
+    // Copied out of the way first, where one lies where another goes; `close_from` below closes these, no drop does.
+    let lift = |fd: BorrowedFd<'_>| -> Result<i32, (Stage, io::Error)> {
+        if fd.as_raw_fd() > 3 {
+            return Ok(fd.as_raw_fd());
+        }
+        sys::dup_above(fd, 4).map(IntoRawFd::into_raw_fd).map_err(at(Stage::Stdio))
     };
-    // Copied out of the way first; `close_from` below closes these, no drop does.
-    let lifted = [lift(stdio[0].as_fd())?, lift(stdio[1].as_fd())?, lift(stdio[2].as_fd())?];
-    let status = lift(status)?;
+    let lifted =
+        [lift(stdio[0].as_fd())?, lift(stdio[1].as_fd())?, lift(stdio[2].as_fd())?, lift(status)?];
+    // SAFETY: open until `close_from` below, after which none is used.
+    let [stdin, stdout, stderr, status] = lifted.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
     rustix::process::setsid().map_err(|e| (Stage::Stdio, e.into()))?;
     if launch.program.tty.is_some() {
-        sys::take_terminal(lifted[0].as_fd()).map_err(at(Stage::Stdio))?;
+        sys::take_terminal(stdin).map_err(at(Stage::Stdio))?;
     }
-    for (number, fd) in (0..).zip(&lifted) {
-        sys::move_fd(fd.as_fd(), number, false).map_err(at(Stage::Stdio))?;
+    for (number, fd) in (0..).zip([stdin, stdout, stderr]) {
+        sys::move_fd(fd, number, false).map_err(at(Stage::Stdio))?;
     }
-    sys::move_fd(status.as_fd(), 3, true).map_err(at(Stage::Stdio))?;
+    sys::move_fd(status, 3, true).map_err(at(Stage::Stdio))?;
     sys::close_from(4).map_err(at(Stage::Stdio))?;
+    if let Some(cores) = launch.init {
+        // Init has the higher priority: if it were to wake on this core, it would run before the program.
+        let _ = sys::keep_on(Some(1), cores);
+    }
     let _ = sys::schedule_for_first_instruction();
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let (_, hard) = sys::open_files_limit();

@@ -15,7 +15,7 @@ use crate::error::Fault;
 use crate::fork;
 use crate::msg::{FromBox, ToBox};
 use crate::packet;
-use crate::spec::{ExitStatus, Limits};
+use crate::spec::{ExitStatus, Limits, Program};
 use crate::sys;
 
 /// Children that are not the main program, at once; beyond it `exec` and files are refused. The box's
@@ -34,6 +34,8 @@ pub(super) struct Serving {
     children_ready: OwnedFd,
     children: HashMap<i32, Child>,
     limits: Limits,
+    /// Of programs to come.
+    stack: Option<fork::Stack>,
     /// The network device, kept for whoever serves it next.
     tunnel: Option<OwnedFd>,
 }
@@ -43,9 +45,10 @@ impl Serving {
         main: i32,
         children_ready: OwnedFd,
         limits: Limits,
+        stack: fork::Stack,
         tunnel: Option<OwnedFd>,
     ) -> Self {
-        Self { main, children_ready, children: HashMap::new(), limits, tunnel }
+        Self { main, children_ready, children: HashMap::new(), limits, stack: Some(stack), tunnel }
     }
 }
 
@@ -109,10 +112,19 @@ impl Serving {
         }
     }
 
+    /// Starts the program of an `exec`.
+    fn start(&mut self, program: &Program, fds: Vec<OwnedFd>) -> Result<run::Started, Fault> {
+        let stack = self.stack.take().unwrap_or_else(fork::Stack::new);
+        let means = run::Means::make(stack)?;
+        let (started, stack) = run::start(program, fds, &self.limits, None, means);
+        self.stack = Some(stack);
+        started
+    }
+
     fn handle(&mut self, control: &OwnedFd, message: ToBox, fds: Vec<OwnedFd>) {
         match message {
             ToBox::Exec { number, program } => {
-                let started = self.room().and_then(|()| run::start(&program, fds, &self.limits));
+                let started = self.room().and_then(|()| self.start(&program, fds));
                 match started {
                     Ok(started) => {
                         self.children.insert(started.pid, Child::Exec(number));

@@ -26,7 +26,7 @@ fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Faul
 /// more on busy cores. What stays beneath is an empty tmpfs and the mounts that the root was made from
 /// (`parts`); no path leads there, because the new root covers it at the very root of the namespace.
 pub(super) fn swap(
-    root: OwnedFd,
+    root: &OwnedFd,
     parts: Vec<OwnedFd>,
     hostname: &str,
     network: Option<&BoxNetwork>,

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::boxes::{Claimed, HostEnds, Pending, State};
-use super::root::{Parts, compose};
+use super::root::Parts;
 use super::{Spawning, WAITING_MAX, Waiting};
 use wire::codec::Message as _;
 
@@ -276,6 +276,7 @@ impl Spawning {
         fds: Vec<OwnedFd>,
     ) -> Result<(HostEnds, u64), (Fault, bool)> {
         let uid_base = self.config.uid_base + slot * UIDS_A_BOX;
+        let alone = self.tally.total(State::Starting) == 0;
         let built = self.boxes.get_mut(&slot).ok_or((Fault::NoSandbox, false))?;
         let (lowers, data) = (claim.lowers as usize, claim.data_lowers as usize);
         if lowers.checked_add(data) != Some(fds.len()) {
@@ -283,15 +284,11 @@ impl Spawning {
             return Err((Fault::Os { what, errno: libc::EINVAL }, false));
         }
         let (lowers, data_lowers) = fds.split_at(lowers);
-        let userns = built.userns.as_ref().ok_or((Fault::NoSandbox, false))?;
-        let [root, writable] = compose(&Parts {
-            lowers,
-            data_lowers,
-            userns: userns.as_fd(),
-            uid_base,
-            limits: &claim.limits,
-        })
-        .map_err(|why| (why, false))?;
+        let userns = built.userns.as_ref().ok_or((Fault::NoSandbox, false))?.as_fd();
+        let parts = Parts { lowers, data_lowers, userns, uid_base, limits: &claim.limits };
+        // Whatever fails from here on leaves the box without its canvas.
+        let (canvas, outputs) = built.canvas.take().ok_or((Fault::NoSandbox, true))?;
+        let [root, writable] = canvas.compose(&parts).map_err(|why| (why, true))?;
         let shape = &self.config.shapes[built.shape];
         let wanted = GroupLimits {
             cpu_millis: claim.limits.cpu_millis.unwrap_or(shape.cpu_millis),
@@ -301,8 +298,8 @@ impl Spawning {
         if wanted != super::pool::limits_of(shape) {
             built.group.limit(&wanted).map_err(|e| (Fault::os("limits", &e), true))?;
         }
-        let (ends, inner) = HostEnds::pipes(&claim.program, uid_base)
-            .map_err(|e| (Fault::os("stdio", &e), false))?;
+        let (ends, inner) = HostEnds::with(Some(outputs), &claim.program, uid_base)
+            .map_err(|e| (Fault::os("stdio", &e), true))?;
         let mut given = vec![root, writable];
         given.extend(fds);
         let message = ToBox::Claim {
@@ -321,6 +318,9 @@ impl Spawning {
             given.push(node);
         }
         let composed_ns = sys::now_ns();
+        if alone {
+            built.bring_here();
+        }
         built.tell(&message, &given).map_err(|e| (Fault::os("tell the box", &e), true))?;
         built.userns = None;
         Ok((ends, composed_ns))

@@ -9,6 +9,7 @@ use std::time::Instant;
 use rustix::fs::{Mode, OFlags};
 
 use super::nets::Nets;
+use super::root::Canvas;
 use super::tally::{Entry, Tally};
 use wire::codec::Message as _;
 
@@ -69,28 +70,50 @@ impl HostEnds {
     /// Makes the pipes of a program: host ends, and the ends for the box (stdin where asked for,
     /// stdout, stderr), which belong to the box's root.
     pub(super) fn pipes(program: &Program, uid: u32) -> io::Result<(Self, Vec<OwnedFd>)> {
+        let outputs = if program.tty.is_none() { Some(Outputs::make(uid)?) } else { None };
+        Self::with(outputs, program, uid)
+    }
+
+    /// The same with pipes that are there, which a program on a terminal needs not.
+    pub(super) fn with(
+        outputs: Option<Outputs>,
+        program: &Program,
+        uid: u32,
+    ) -> io::Result<(Self, Vec<OwnedFd>)> {
         let mut host = Self::default();
         let mut inner = Vec::new();
-        if program.tty.is_some() {
+        let Some(Outputs([stdout, stderr])) = outputs.filter(|_| program.tty.is_none()) else {
             return Ok((host, inner));
-        }
-        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        };
         if program.stdin {
-            let (read, write) = pipe()?;
+            let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+            give(&read, uid)?;
             host.stdin = Some(write);
             inner.push(read);
         }
-        for end in [&mut host.stdout, &mut host.stderr] {
-            let (read, write) = pipe()?;
-            *end = Some(read);
-            inner.push(write);
-        }
-        let (user, group) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(uid));
-        for fd in &inner {
-            rustix::fs::fchown(fd, Some(user), Some(group))?;
-        }
+        inner.extend([stdout.1, stderr.1]);
+        (host.stdout, host.stderr) = (Some(stdout.0), Some(stderr.0));
         Ok((host, inner))
     }
+}
+
+/// Pipes for stdout and stderr, whose inner ends belong to a box's root.
+pub(super) struct Outputs([(OwnedFd, OwnedFd); 2]);
+
+impl Outputs {
+    pub(super) fn make(uid: u32) -> io::Result<Self> {
+        let pipe = || -> io::Result<_> {
+            let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+            give(&write, uid)?;
+            Ok((read, write))
+        };
+        Ok(Self([pipe()?, pipe()?]))
+    }
+}
+
+fn give(fd: &OwnedFd, uid: u32) -> io::Result<()> {
+    let (user, group) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(uid));
+    Ok(rustix::fs::fchown(fd, Some(user), Some(group))?)
 }
 
 /// A question that a box has not answered.
@@ -119,6 +142,8 @@ pub(super) struct Boxed {
     pub(super) control: OwnedFd,
     /// Until it is claimed.
     pub(super) userns: Option<OwnedFd>,
+    /// Until it is claimed.
+    pub(super) canvas: Option<(Canvas, Outputs)>,
     /// Its network namespace, where it may serve another box.
     pub(super) net: Option<OwnedFd>,
     pub(super) group: Group,
@@ -152,6 +177,7 @@ impl Boxed {
     pub(super) fn make(mould: Mould<'_>) -> Result<Self, Box<(Group, Fault)>> {
         let Mould { slot, shape, uid_base, group, dev, filters, tally, nets, own_network } = mould;
         let made = (|| -> io::Result<_> {
+            let canvas = (Canvas::make(uid_base)?, Outputs::make(uid_base)?);
             let dev = sys::clone_tree(dev, "", false)?;
             let (ours, theirs) = packet::pair()?;
             let into = group.clone_target()?;
@@ -174,10 +200,10 @@ impl Boxed {
             }
             match cloned? {
                 Cloned::Child => Err(io::ErrorKind::Unsupported.into()),
-                Cloned::Parent { pid, pidfd } => Ok((ours, pid, pidfd, net)),
+                Cloned::Parent { pid, pidfd } => Ok((ours, pid, pidfd, net, canvas)),
             }
         })();
-        let (control, pid, pidfd, net) = match made {
+        let (control, pid, pidfd, net, canvas) = match made {
             Ok(parts) => parts,
             Err(e) => return Err(Box::new((group, Fault::os("clone a box", &e)))),
         };
@@ -189,6 +215,7 @@ impl Boxed {
                 pidfd,
                 control,
                 userns: Some(userns),
+                canvas: Some(canvas),
                 entry: Entry::new(tally, shape, slot, net.is_none()),
                 net,
                 group,
@@ -211,6 +238,14 @@ impl Boxed {
     /// Says something to the box.
     pub(super) fn tell(&self, message: &ToBox, fds: &[OwnedFd]) -> io::Result<()> {
         packet::send(self.control.as_fd(), &message.encode(), &packet::borrow(fds))
+    }
+
+    /// Makes the parked box wake on the core of this process, which is about to sleep: to wake another core, or to
+    /// move to one, costs more than most steps of a launch. The box lets its program go everywhere again.
+    pub(super) fn bring_here(&self) {
+        if let Ok(pid) = i32::try_from(self.pid) {
+            let _ = sys::keep_on(Some(pid), &sys::this_core());
+        }
     }
 
     /// Kills everything in the box: its init, and with it the namespace.
