@@ -49,7 +49,7 @@ pub(super) fn swap(
     }
     steps.mounted = sys::now_ns();
     os("enter root", sys::attach(root.as_fd(), CWD, "/"))?;
-    os("enter root", rustix::process::fchdir(&root))?;
+    os("enter root", rustix::process::fchdir(root))?;
     os("enter root", rustix::process::chroot("."))?;
     let hostname = if hostname.is_empty() { "sandbox" } else { hostname };
     os("host name", rustix::system::sethostname(hostname.as_bytes()))?;
