@@ -6,6 +6,7 @@
 //! neighbours, whose every wake-up then waits for its turn against the rest of the machine (a box's p99 was
 //! ten times as long beside five bombs on busy cores). As it is each box has a share of its own, by its shape.
 //! Left out: io and cpuset, devices (mounts in a box are `nodev` instead).
+//! Longer than 500 lines: what both layouts do differently stands side by side.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -16,6 +17,12 @@ use crate::spec::Stats;
 /// v1 controllers that a box needs; `freezer` for pause.
 const V1: [&str; 5] = ["cpu", "cpuacct", "memory", "pids", "freezer"];
 const CPU_PERIOD_US: u64 = 100_000;
+/// How much heavier a group is until its program runs: a launch beside busy neighbours is then never behind them by its
+/// own share.
+const FAVOUR: u64 = 16;
+/// Shares that a favoured group has at most, if it has not more anyway: below those of a process of nice -20 (88,761),
+/// which the spawner is, who ends the favour.
+const FAVOURED_MAX: u64 = 65_536;
 
 /// Where our groups live: in each hierarchy the path that all of their paths begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -209,12 +216,20 @@ pub(crate) struct Group {
     /// What was last set: a recycled group of the same shape needs no write.
     limits: Option<GroupLimits>,
     was_frozen: bool,
+    /// Whether it weighs [`FAVOUR`] times what it should.
+    favoured: bool,
 }
 
 #[derive(Debug)]
 enum Dirs {
     V2(PathBuf),
     V1 { cpu: PathBuf, cpuacct: PathBuf, memory: PathBuf, pids: PathBuf, freezer: PathBuf },
+}
+
+/// A core's worth weighs as much as a process of the host, which has 1,024 shares.
+fn shares(cpu_millis: u32, favoured: bool) -> u64 {
+    let shares = (u64::from(cpu_millis) * 1024 / 1000).max(2);
+    if favoured { (shares * FAVOUR).min(FAVOURED_MAX).max(shares) } else { shares }
 }
 
 impl Group {
@@ -248,7 +263,8 @@ impl Group {
                 }
             }
         };
-        let mut group = Self { dirs, oom_kills_before: 0, limits: None, was_frozen: true };
+        let mut group =
+            Self { dirs, oom_kills_before: 0, limits: None, was_frozen: true, favoured: true };
         group.reset()?;
         group.limit(limits)?;
         Ok(group)
@@ -265,6 +281,29 @@ impl Group {
             self.oom_kills_before = keyed(&memory.join("memory.oom_control"), "oom_kill");
         }
         Ok(())
+    }
+
+    /// Makes the group heavy for a launch, or ends that.
+    pub(crate) fn favour(&mut self, favoured: bool) -> io::Result<()> {
+        let Some(limits) = self.limits.filter(|_| self.favoured != favoured) else { return Ok(()) };
+        self.favoured = favoured;
+        let written = self.write_weight(limits.cpu_millis);
+        if written.is_err() {
+            // What it weighs is unknown until limits are written again.
+            self.limits = None;
+        }
+        written
+    }
+
+    fn write_weight(&self, cpu_millis: u32) -> io::Result<()> {
+        let shares = shares(cpu_millis, self.favoured);
+        match &self.dirs {
+            Dirs::V2(dir) => {
+                let weight = (shares * 100 / 1024).clamp(1, 10_000);
+                put(&dir.join("cpu.weight"), &weight.to_string())
+            }
+            Dirs::V1 { cpu, .. } => put(&cpu.join("cpu.shares"), &shares.to_string()),
+        }
     }
 
     /// Sets limits.
@@ -286,9 +325,7 @@ impl Group {
         match &self.dirs {
             Dirs::V2(dir) => {
                 put(&dir.join("cpu.max"), &format!("{quota} {CPU_PERIOD_US}"))?;
-                // A core's worth weighs as much as a process of the host, which weighs 100.
-                let weight = (limits.cpu_millis / 10).clamp(1, 10_000);
-                put(&dir.join("cpu.weight"), &weight.to_string())?;
+                self.write_weight(limits.cpu_millis)?;
                 put(&dir.join("memory.max"), &memory_max)?;
                 let _ = put(&dir.join("memory.swap.max"), "0");
                 put(&dir.join("pids.max"), &pids)
@@ -296,8 +333,7 @@ impl Group {
             Dirs::V1 { cpu, memory, pids: pids_dir, .. } => {
                 put(&cpu.join("cpu.cfs_period_us"), &CPU_PERIOD_US.to_string())?;
                 put(&cpu.join("cpu.cfs_quota_us"), &quota.to_string())?;
-                let shares = (u64::from(limits.cpu_millis) * 1024 / 1000).max(2);
-                put(&cpu.join("cpu.shares"), &shares.to_string())?;
+                self.write_weight(limits.cpu_millis)?;
                 put(&memory.join("memory.limit_in_bytes"), &memory_max)?;
                 // v1 counts TCP's buffers apart, and only where they are limited; v2 counts them anyway.
                 let tcp = memory.join("memory.kmem.tcp.limit_in_bytes");
@@ -421,8 +457,13 @@ mod tests {
             return;
         }
         let limits = None;
-        let mut group =
-            Group { dirs: Dirs::V2(dir.clone()), oom_kills_before: 0, limits, was_frozen: false };
+        let mut group = Group {
+            dirs: Dirs::V2(dir.clone()),
+            oom_kills_before: 0,
+            limits,
+            was_frozen: false,
+            favoured: false,
+        };
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         put(&dir.join("cgroup.procs"), &child.id().to_string()).unwrap();
         assert!(group.clone_target().unwrap().is_some() && group.doors().unwrap().is_empty());
@@ -442,6 +483,14 @@ mod tests {
         assert_eq!(group.stats().pids, 0);
         group.remove();
         assert!(!dir.exists() && group.is_used_once());
+    }
+
+    #[test]
+    fn a_favoured_group_weighs_less_than_the_spawner() {
+        assert_eq!((shares(1000, false), shares(1000, true)), (1024, 16_384));
+        assert_eq!((shares(1, false), shares(8000, true)), (2, FAVOURED_MAX));
+        // A box of very many cores weighs what it should.
+        assert_eq!(shares(100_000, true), shares(100_000, false));
     }
 
     #[test]

@@ -43,6 +43,7 @@ fn main() {
         ("ids_and_pools", ids_and_pools),
         ("shapes_change_under_running_boxes", shapes_change_under_running_boxes),
         ("steps_are_in_order", steps_are_in_order),
+        ("a_launch_leaves_no_favour", a_launch_leaves_no_favour),
     ]);
 }
 
@@ -543,4 +544,45 @@ fn steps_are_in_order() {
     let spec = place.spec(Program::new(["true"]));
     let running = wait(async { place.spawner.claim_blocking(spec) }).unwrap();
     place.exited(running.id);
+}
+
+/// What makes a launch fast is the launch's alone: when it is answered the program has no core of its own, no priority,
+/// and its group no more weight than its shape says, whatever its limits.
+fn a_launch_leaves_no_favour() {
+    let mut place = place(2);
+    let field = |pid: u32, name: &str| {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+        line.trim_start_matches(':').trim().to_owned()
+    };
+    let everywhere = field(place.spawner.pid(), "Cpus_allowed_list");
+    for cpu_millis in [None, Some(500), None] {
+        let mut spec = place.spec(Program::new(["sleep", "1000"]));
+        spec.limits.cpu_millis = cpu_millis;
+        let init = wait(place.spawner.claim(spec)).unwrap().pid;
+        let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children")).unwrap();
+        let program: u32 = children.trim().parse().unwrap();
+        for pid in [init, program] {
+            assert_eq!(field(pid, "Cpus_allowed_list"), everywhere, "process {pid}");
+        }
+        let stat = fs::read_to_string(format!("/proc/{program}/stat")).unwrap();
+        let after_name: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        // Priority and nice, which are fields 18 and 19 of all.
+        assert_eq!(after_name[15..17], ["20", "0"], "{stat}");
+        let groups = fs::read_to_string(format!("/proc/{program}/cgroup")).unwrap();
+        let root = Path::new(&place.config.cgroup_root);
+        let (file, unit) = match groups.lines().find_map(|l| l.split_once(":cpu:")) {
+            Some((_, group)) => (root.join("cpu").join(&group[1..]).join("cpu.shares"), 1024),
+            None => {
+                let group = groups.lines().find_map(|l| l.strip_prefix("0::/")).unwrap();
+                (root.join(group).join("cpu.weight"), 100)
+            }
+        };
+        let Ok(weight) = fs::read_to_string(&file) else {
+            println!("skipped: cgroups that this test does not know: {groups}");
+            return;
+        };
+        let wanted = u64::from(cpu_millis.unwrap_or(1000)) * unit / 1000;
+        assert_eq!(weight.trim(), wanted.to_string(), "{}", file.display());
+    }
 }

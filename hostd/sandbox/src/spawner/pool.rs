@@ -154,7 +154,10 @@ impl Spawning {
         let limits = limits_of(&self.config.shapes[shape]);
         let group = match self.groups.remove(&slot) {
             // One that cannot be reset is dropped here and found again by its name.
-            Some(mut group) => group.reset().and_then(|()| group.limit(&limits)).map(|()| group),
+            Some(mut group) => {
+                let set = group.reset().and_then(|()| group.favour(true));
+                set.and_then(|()| group.limit(&limits)).map(|()| group)
+            }
             None => Group::make(&self.layout, slot, &limits),
         };
         let group = match group {

@@ -132,6 +132,8 @@ impl Spawning {
     fn started(&mut self, slot: u32, inner: crate::spec::Steps, fds: Vec<OwnedFd>) -> Option<()> {
         let built = self.in_state(slot, State::Starting)?;
         let pid = built.pid;
+        // The launch is over; a program that cannot be made as light as its neighbours does not stay.
+        let light = built.group.favour(false);
         let claimed = built.claimed.as_mut()?;
         claimed.ends.pty = fds.into_iter().next();
         let steps = &mut claimed.steps;
@@ -143,18 +145,18 @@ impl Spawning {
         claimed.started_ns = inner.executed;
         let (from, steps, stdio) = (claimed.from, *steps, claimed.ends.which());
         let copies = claimed.ends.borrow().into_iter().map(|fd| fd.try_clone_to_owned());
-        match copies.collect::<io::Result<Vec<_>>>() {
+        match light.and_then(|()| copies.collect::<io::Result<Vec<_>>>()) {
             Ok(fds) => {
                 built.entry.enter(State::Running);
                 self.refill.hush();
                 self.answer(from, Answer::Started { pid, slot, steps, stdio }, fds);
             }
             Err(e) => {
-                // No descriptors left: nobody could hear this sandbox, so it does not start.
+                // No descriptors left, as a rule: nobody could hear this sandbox, so it does not start.
                 built.kill();
                 let id = built.claimed.take()?.id;
                 self.by_id.remove(&id);
-                self.answer(from, Answer::Failed(Fault::os("copy stdio", &e)), Vec::new());
+                self.answer(from, Answer::Failed(Fault::os("finish the start", &e)), Vec::new());
             }
         }
         Some(())
