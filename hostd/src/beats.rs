@@ -20,6 +20,7 @@ use crate::{
     metrics::Metrics,
     metrics::count,
     persist::Kept,
+    real,
     records::{self, Teller},
     runtime::spawn,
 };
@@ -64,6 +65,7 @@ impl Timer {
             if now_ms >= publish_ms {
                 publish_ms = now_ms + PUBLISH_MS;
                 self.metrics.publish(&self.cell.counts);
+                real::tell_if_full(&self.cell, now_ms);
                 if let Ok(real) = self.cell.real() {
                     real.forget(now_ms);
                     if let Some(images) = real.image_metrics.take() {

@@ -37,6 +37,8 @@ pub struct Admission {
     boxes: [u16; SHAPES_MAX],
     draining: bool,
     sick: bool,
+    /// What is started could not be written down.
+    full: bool,
 }
 
 impl Admission {
@@ -55,6 +57,7 @@ impl Admission {
             boxes: [FREE_MAX; SHAPES_MAX],
             draining: false,
             sick: false,
+            full: false,
         };
         this.count();
         this.total = this.free;
@@ -116,9 +119,24 @@ impl Admission {
         self.boxes[shape.index()] = boxes.min(FREE_MAX);
     }
 
+    /// Says whether starts would fail for want of room to write them down. Nobody is told of free slots meanwhile; who
+    /// asks all the same is not refused, because the next write may succeed.
+    pub fn set_full(&mut self, full: bool) {
+        self.full = full;
+    }
+
+    /// Whether it is so.
+    #[must_use]
+    pub const fn full(&self) -> bool {
+        self.full
+    }
+
     /// Free slots a shape as they are told: no more than there are boxes for, and margin taken off.
     #[must_use]
     pub fn told(&self) -> [u16; SHAPES_MAX] {
+        if self.full {
+            return [0; SHAPES_MAX];
+        }
         let keep = u32::from(100 - self.margin_percent);
         let mut told = self.free;
         for (free, boxes) in told.iter_mut().zip(self.boxes) {
@@ -234,6 +252,19 @@ mod tests {
         assert_eq!(admission.word(Stamp::default()).free(nano), 0);
         admission.set_boxes(nano, None);
         assert_eq!(admission.told()[0], 12);
+    }
+
+    #[test]
+    fn a_full_disk_is_told_as_no_slots() {
+        let mut admission = Admission::new(&Shapes::default(), WHOLE, 100, 0);
+        let nano = ShapeId::new(0).unwrap();
+        let before = admission.told();
+        admission.set_full(true);
+        assert_eq!((admission.told(), admission.full()), ([0; SHAPES_MAX], true));
+        assert_eq!(admission.word(Stamp::default()).free(nano), 0);
+        admission.take(nano).unwrap();
+        admission.set_full(false);
+        assert_eq!(admission.told()[0], before[0] - 1);
     }
 
     #[test]

@@ -462,6 +462,11 @@ impl<N> Host<N> {
         self.admission.set_sick(sick);
     }
 
+    /// Whether what is started can be written down; see [`Admission::set_full`].
+    pub fn set_full(&mut self, full: bool) {
+        self.admission.set_full(full);
+    }
+
     /// Says how many boxes of a shape are there or can be made in time; `None`: as many as may be asked for.
     pub fn set_boxes(&mut self, shape: ShapeId, boxes: Option<u32>) {
         self.admission.set_boxes(shape, boxes);

@@ -5,10 +5,12 @@
 //! its own commits whatever is waiting in one transaction, and syncs once a second for the case that the disk is
 //! read by the next boot. A journal that does not open is set aside, never deleted (FAULTS O3). One that could not be
 //! written (a full disk, O2) takes nothing more until it is opened again, which each next write tries; what nobody
-//! waited for is written then.
+//! waited for is written then. Heartbeats tell of no free slots meanwhile.
 //!
 //! The launch path waits for its row while its box is being made, not after it. Left out: no-op boxes, of which
 //! nothing could be taken up.
+//!
+//! Longer than 500 lines: the thread, what it writes to and what is told of it are one mechanism, and its tests are here.
 
 mod rows;
 
@@ -23,7 +25,7 @@ use std::{
         mpsc,
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
@@ -40,6 +42,13 @@ const QUEUE_MAX: usize = 4_096;
 
 /// Rows of one transaction.
 const BATCH_MAX: usize = 512;
+
+/// A journal that could not be written counts as writable again from so much room on its disk: on less, the next few
+/// launches would fail as those before.
+const ROOM_BYTES: u64 = 1 << 20;
+
+/// How often one that could not be written is tried.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Writes through to the page cache; syncing is somebody else's turn.
 #[derive(Debug)]
@@ -98,6 +107,7 @@ pub(crate) struct Left {
 pub(crate) struct Journal {
     jobs: Option<mpsc::SyncSender<Job>>,
     thread: Option<JoinHandle<()>>,
+    well: Arc<AtomicBool>,
 }
 
 fn storage(path: &Path, error: impl std::fmt::Display) -> Fault {
@@ -124,13 +134,25 @@ impl Journal {
             }
         };
         let (jobs, queue) = mpsc::sync_channel(QUEUE_MAX);
-        let mut writer =
-            Writer { path: path.to_owned(), book: Some((database, sync)), owed: Vec::new() };
+        let well = Arc::new(AtomicBool::new(true));
+        let mut writer = Writer {
+            path: path.to_owned(),
+            book: Some((database, sync)),
+            owed: Vec::new(),
+            well: Arc::clone(&well),
+            tried: Instant::now(),
+        };
         let thread = std::thread::Builder::new()
             .name("hostd-journal".into())
             .spawn(move || writer.write_all(&queue))
             .map_err(|error| storage(path, error))?;
-        Ok((Self { jobs: Some(jobs), thread: Some(thread) }, left))
+        Ok((Self { jobs: Some(jobs), thread: Some(thread), well }, left))
+    }
+
+    /// Whether it can be written, as far as is known: false from a write that failed on, until there is room again.
+    pub(crate) fn is_well(&self) -> bool {
+        // Nothing else is read by it, hence relaxed.
+        self.well.load(Ordering::Relaxed)
     }
 
     /// Writes a sandbox's row; it is in the journal once the answer has come.
@@ -223,6 +245,12 @@ fn open(path: &Path) -> Result<(Database, Sync), String> {
     Ok((database, sync))
 }
 
+/// Whether the disk of the journal has room for what comes next. One that does not say has.
+fn has_room(path: &Path) -> bool {
+    let dir = path.parent().unwrap_or(path);
+    rustix::fs::statvfs(dir).map_or(true, |disk| disk.f_bavail * disk.f_frsize >= ROOM_BYTES)
+}
+
 fn set_aside(path: &Path) -> io::Result<PathBuf> {
     let free = (0..1_000).map(|n| path.with_extension(format!("broken-{n}"))).find(|p| !p.exists());
     let aside = free.ok_or_else(|| io::Error::other("a thousand broken journals are set aside"))?;
@@ -281,6 +309,10 @@ struct Writer {
     book: Option<(Database, Sync)>,
     /// Writes that failed and that nobody waited for, oldest first.
     owed: Vec<Write>,
+    /// What [`Journal::is_well`] says.
+    well: Arc<AtomicBool>,
+    /// When it was last tried whether a journal that was not well is again.
+    tried: Instant,
 }
 
 impl Writer {
@@ -292,6 +324,7 @@ impl Writer {
                     if !self.owed.is_empty() {
                         let _ = self.write(Vec::new());
                     }
+                    self.recover();
                     self.sync();
                     continue;
                 }
@@ -310,8 +343,20 @@ impl Writer {
             for done in waiting {
                 let _ = done.send(outcome.clone());
             }
+            self.recover();
         }
         self.sync();
+    }
+
+    /// Tries whether a journal that could not be written can be again.
+    fn recover(&mut self) {
+        if self.well.load(Ordering::Relaxed) || self.tried.elapsed() < RETRY {
+            return;
+        }
+        self.tried = Instant::now();
+        if has_room(&self.path) && self.write(Vec::new()).is_ok() {
+            self.well.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Writes what is owed and these in one transaction, where each says whether somebody waits for it.
@@ -330,6 +375,7 @@ impl Writer {
         let Err(error) = done else { return Ok(()) };
         // It takes nothing more, whatever the disk does: closed, to be opened again.
         self.book = None;
+        self.well.store(false, Ordering::Relaxed);
         self.owed = owed;
         let unheard = writes.into_iter().filter(|(_, waited_for)| !waited_for);
         self.owed.extend(unheard.flat_map(|(writes, _)| writes));
@@ -397,6 +443,45 @@ mod tests {
 
     fn block_on<F: Future>(future: F) -> F::Output {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    /// FAULTS O2: from the first write that fails it is known that the next would, until there is room.
+    #[test]
+    fn a_full_disk_is_known_until_there_is_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        if rustix::mount::mount("tmpfs", dir.path(), "tmpfs", flags, c"size=12m").is_err() {
+            println!("skipped: mounting needs root");
+            return;
+        }
+        let (journal, _) = Journal::open(&dir.path().join("journal")).unwrap();
+        let fill = dir.path().join("fill");
+        let mut file = File::create(&fill).unwrap();
+        for piece in [1 << 20, 4096] {
+            while io::Write::write_all(&mut file, &vec![7; piece]).is_ok() {}
+        }
+        let long = || Row { request: vec![8; 100_000], ..row(Stage::Claimed) };
+        let failed = (1..200).any(|n| block_on(journal.put(n, long()).done()).is_err());
+        assert!(failed && !journal.is_well());
+        // No write that fits, nor time, makes it well while the disk is full.
+        let until = Instant::now() + 2 * RETRY;
+        while Instant::now() < until {
+            let _ = block_on(journal.put(1_000, row(Stage::Running)).done());
+            assert!(!journal.is_well());
+        }
+        std::fs::remove_file(fill).unwrap();
+        drop(file);
+        let begun = Instant::now();
+        while !journal.is_well() {
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "there is room, and it is not known"
+            );
+            std::thread::yield_now();
+        }
+        block_on(journal.put(2_000, long()).done()).unwrap();
+        drop(journal);
+        rustix::mount::unmount(dir.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
     }
 
     #[test]

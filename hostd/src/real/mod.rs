@@ -379,6 +379,20 @@ async fn listen(cell: Rc<HostCell>, mut events: Events) {
     gone(cell).await;
 }
 
+/// Heartbeats tell of no slots while the state directory cannot be written: a launch would fail.
+pub(crate) fn tell_if_full(cell: &HostCell, now_ms: u64) {
+    let Backend::Real(real) = &cell.backend else { return };
+    let full = !real.journal.is_well();
+    if cell.core.borrow().admission().full() != full {
+        tracing::warn!(
+            full,
+            "room to write down what is started: free slots are told while it is there"
+        );
+        cell.core.borrow_mut().set_full(full);
+        cell.settle(now_ms);
+    }
+}
+
 /// Heartbeats tell of no more slots than there are boxes for: those parked, and those that can be made while a claim
 /// waits.
 fn heard_pool(cell: &HostCell, pool: &hostd_sandbox::PoolState) {
