@@ -119,7 +119,8 @@ impl Layout {
         Ok(Self::V1(found))
     }
 
-    /// Every group of ours, in all hierarchies.
+    /// Every group of ours, in all hierarchies. Those of builds that had one group over all boxes are among them, the inner
+    /// ones first.
     fn groups(&self) -> Vec<PathBuf> {
         let prefixes: Vec<&Path> = match self {
             Self::V2(prefix) => vec![prefix],
@@ -135,7 +136,10 @@ impl Layout {
             let ours = move |dir: &PathBuf| {
                 dir.as_os_str().as_encoded_bytes().starts_with(name.as_os_str().as_encoded_bytes())
             };
-            subgroups(prefix.parent().unwrap_or(prefix)).into_iter().filter(ours)
+            let mut old = subgroups(prefix);
+            old.extend(prefix.is_dir().then(|| prefix.to_path_buf()));
+            let new = subgroups(prefix.parent().unwrap_or(prefix)).into_iter().filter(ours);
+            new.chain(old)
         };
         prefixes.into_iter().flat_map(ours).collect()
     }
@@ -483,6 +487,26 @@ mod tests {
         assert_eq!(group.stats().pids, 0);
         group.remove();
         assert!(!dir.exists() && group.is_used_once());
+    }
+
+    #[test]
+    fn groups_of_older_builds_are_found_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let prefix = dir.path().join("memory/volley-ab");
+        let all = ["volley-ab/slot-1", "volley-ab-slot-2", "volley-abc-slot-1"]
+            .map(|name| dir.path().join("memory").join(name));
+        for (group, pid) in all.iter().zip(["11\n", "12\n", "13\n"]) {
+            fs::create_dir_all(group).unwrap();
+            fs::write(group.join("cgroup.procs"), pid).unwrap();
+        }
+        let layout = Layout::V1(vec![("memory", prefix.clone())]);
+        assert_eq!(layout.processes(), [11, 12]);
+        for group in &all {
+            fs::remove_file(group.join("cgroup.procs")).unwrap();
+        }
+        assert_eq!(layout.remove_all(), 0);
+        assert_eq!(all.map(|group| group.exists()), [false, false, true]);
+        assert!(!prefix.exists());
     }
 
     #[test]
