@@ -157,9 +157,8 @@ fn start(
     let mut fds = fds.into_iter();
     let root = fds.next().ok_or_else(|| Fault::BoxDied { what: "a claim without root".into() })?;
     let parts: Vec<_> = fds.by_ref().take(claim.parts as usize).collect();
-    swap::swap(&root, parts, &claim.hostname, claim.network.as_ref(), &mut steps)?;
+    swap::swap(&root, &parts, &claim.hostname, claim.network.as_ref(), &mut steps)?;
     confine::confine(filters, fence, root.as_fd())?;
-    drop(root);
     steps.confined = sys::now_ns();
     let stdio = fds.collect();
     let (started, stack) =
@@ -168,7 +167,8 @@ fn start(
     steps.executed = sys::now_ns();
     let master: Vec<_> = started.master.iter().map(AsFd::as_fd).collect();
     tell_with(control, &FromBox::Started { steps }, &master);
-    drop(started.master);
+    // Closed when nobody waits for it any more.
+    drop((started.master, root, parts));
     // The launch is over: from here on this process is worth no more than the program.
     let _ = sys::schedule_normally(0);
     Ok(serve::Serving::new(started.pid, children, claim.limits, stack, tunnel))

@@ -69,6 +69,8 @@ pub(super) fn park(setup: Setup<'_>, buffer: &mut [u8]) -> Result<OwnedFd, (Owne
             os("loopback", sys::loopback_up())?;
         }
         build_root(dev)?;
+        // Left behind: the spawner's session.
+        os("session", rustix::process::setsid())?;
         os("bounding set", sys::drop_bounding_set())?;
         os("name", sys::set_name(c"init"))?;
         os("stdio", forget_stdio())?;

@@ -274,9 +274,12 @@ fn arrange(
         [lift(stdio[0].as_fd())?, lift(stdio[1].as_fd())?, lift(stdio[2].as_fd())?, lift(status)?];
     // SAFETY: open until `close_from` below, after which none is used.
     let [stdin, stdout, stderr, status] = lifted.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
-    rustix::process::setsid().map_err(|e| (Stage::Stdio, e.into()))?;
     if launch.program.tty.is_some() {
+        rustix::process::setsid().map_err(|e| (Stage::Stdio, e.into()))?;
         sys::take_terminal(stdin).map_err(at(Stage::Stdio))?;
+    } else {
+        // A group of its own in the session of init, which has no terminal: a session costs a launch some microseconds.
+        rustix::process::setpgid(None, None).map_err(|e| (Stage::Stdio, e.into()))?;
     }
     for (number, fd) in (0..).zip([stdin, stdout, stderr]) {
         sys::move_fd(fd, number, false).map_err(at(Stage::Stdio))?;

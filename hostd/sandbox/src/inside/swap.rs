@@ -27,7 +27,7 @@ fn os<T, E: Into<io::Error>>(what: &str, result: Result<T, E>) -> Result<T, Faul
 /// (`parts`); no path leads there, because the new root covers it at the very root of the namespace.
 pub(super) fn swap(
     root: &OwnedFd,
-    parts: Vec<OwnedFd>,
+    parts: &[OwnedFd],
     hostname: &str,
     network: Option<&BoxNetwork>,
     steps: &mut Steps,

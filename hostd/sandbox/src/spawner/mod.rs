@@ -197,7 +197,9 @@ impl Spawning {
 
     /// Reads what hostd asks: a few questions at a time, so that boxes are heard in between.
     fn hear(&mut self) {
-        self.flush();
+        if self.connection.as_ref().is_some_and(|c| !c.outbox.is_empty()) {
+            self.flush();
+        }
         for _ in 0..16 {
             let Some(connection) = &self.connection else { return };
             let generation = connection.generation;
